@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cache attention by blocks of slots, up to the longest sequence of the batch."""
+
+import jax
+import jax.numpy as jnp
+
+from ops import _online_softmax as online_softmax
+from ops._cached_attention_reference import row_slots
+from ops._varying import common_varying, varying_like
+
+_SCORE_BYTES = 32 << 20
+_SMALLEST_BLOCK = 128
+_LARGEST_BLOCK = 2048  # what a short sequence in a long cache may read too much
+
+
+def cached_attention(
+    q: jax.Array,  # [B, T, N, H]
+    k: jax.Array,  # [B, S, K, H]
+    v: jax.Array,  # [B, S, K, H]
+    lengths: jax.Array,  # [B] int32
+    *,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:  # [B, T, N, H], [B, T, N]
+    B, T, N, H = q.shape
+    S, K = k.shape[1:3]
+    block = block_size(B * T * N, S)
+    q, k, v, lengths = common_varying((q, k, v, lengths))
+    slots = row_slots(lengths, T)
+    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
+    dtype = jnp.promote_types(q.dtype, v.dtype)
+
+    def key_block(step, state):
+        # The last block overlaps the one before instead of reaching beyond the cache.
+        first = jnp.minimum(step * block, S - block)
+        keys = first + jnp.arange(block, dtype=jnp.int32)
+        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (k, v))
+        scores = scale * jnp.einsum(
+            "BKRH,BSKH->BKRS", rows, k_block, preferred_element_type=jnp.float32
+        )
+        seen = (keys[None, None, :] <= slots[:, :, None]) & (keys >= step * block)[None, None, :]
+        grouped = scores.reshape(B, K, -1, T, block)
+        scores = jnp.where(seen[:, None, None], grouped, -jnp.inf).reshape(scores.shape)
+        # Free slots may hold anything; a weight of 0 would not stop a NaN.
+        filled = keys[None, :] < lengths[:, None]
+        v_block = jnp.where(filled[:, :, None, None], v_block, 0).astype(dtype)
+        return online_softmax.add(state, scores, jnp.swapaxes(v_block, 1, 2))
+
+    state = varying_like(online_softmax.start(rows.shape[:3], H), q)
+    if block == S:
+        state = key_block(0, state)
+    else:
+        longest = jnp.minimum(jnp.max(lengths), S)
+        state = jax.lax.fori_loop(0, (longest + block - 1) // block, key_block, state)
+    out, lse = online_softmax.finish(state)
+    out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    lse = lse.reshape(B, K, N // K, T).transpose(0, 3, 1, 2).reshape(B, T, N)
+    return out.astype(q.dtype), lse
+
+
+def block_size(rows: int, num_slots: int) -> int:
+    """Slots per block: about 32 MiB of float32 scores for `rows` (B * T * N) rows."""
+    block = _SCORE_BYTES // (4 * rows)
+    return min(max(block, _SMALLEST_BLOCK), _LARGEST_BLOCK, num_slots)

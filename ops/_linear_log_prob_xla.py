@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities by chunks of rows, each with the whole vocabulary, in plain XLA.
+
+A loop with a run-time trip count walks the chunks that have a target, so chunks of padding cost
+nothing. The general form keeps the log-sum-exp of every row and recomputes the logits in the
+backward pass: four products of R * D * V. The weighted form knows the cotangents of its rows
+beforehand up to one scalar, so the forward pass makes the gradients as well: three products, and
+nothing of size R * V or chunk * V outlives the loop.
+"""
+
+import dataclasses
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ops._linear_log_prob_reference import (
+    combine,
+    countable,
+    first_column,
+    weighted_total,
+)
+from ops._varying import common_varying, varying_like
+
+_LOGIT_BYTES = 256 << 20
+_FEWEST_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    softcap: float | None
+    valid_vocab: int | None
+    chunk: int  # rows
+
+
+class _Terms(NamedTuple):
+    """One chunk; `logits` are capped, and -inf in excluded columns."""
+
+    logits: jax.Array  # [chunk, V]
+    lse: jax.Array  # [chunk]
+    target_logit: jax.Array  # [chunk], -inf where the target is no valid column
+    is_target: jax.Array  # [chunk, V]
+
+
+def linear_log_prob(
+    x: jax.Array,  # [R, D]
+    w: jax.Array,  # [V, D]
+    targets: jax.Array,  # [R] int32
+    weights: jax.Array | None,  # [R]
+    *,
+    softcap: float | None,
+    valid_vocab: int | None,
+    vocab_axis: str | None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    settings = _Settings(softcap, valid_vocab, chunk_rows(x.shape[0], w.shape[0]))
+    if weights is not None and vocab_axis is None:
+        x, w, targets, weights = common_varying((x, w, targets, weights))
+        return _weighted(x, w, targets, weights, settings)
+    first = first_column(w, vocab_axis)
+    local = common_varying((x, w, targets, first))
+    lse, target_logit = _terms(*local, settings)
+    log_prob = combine(lse, target_logit, targets, vocab_axis)
+    return log_prob if weights is None else (weighted_total(weights, log_prob), log_prob)
+
+
+def chunk_rows(num_rows: int, vocab: int) -> int:
+    """Rows whose float32 logits take about 256 MiB, at least 128, cut so that chunks are nearly
+    equal."""
+    most = max(_FEWEST_ROWS, _LOGIT_BYTES // (4 * vocab))
+    number = -(-num_rows // most)
+    even = -(-num_rows // number)
+    return even if number == 1 else -(-even // 8) * 8
+
+
+# --- the general form: (lse, target logit) of every row
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _terms(x, w, targets, first, settings):
+    rows, todo = _chunks(x, targets, settings)
+
+    def chunk(step, state):
+        index = todo.indices[step]
+        part = _chunk_terms(rows.x[index], w, rows.targets[index], first, settings)
+        return tuple(
+            old.at[index].set(new)
+            for old, new in zip(state, (part.lse, part.target_logit), strict=True)
+        )
+
+    nothing = varying_like((jnp.zeros(rows.targets.shape, jnp.float32),) * 2, x)
+    lse, target_logit = jax.lax.fori_loop(0, todo.count, chunk, nothing)
+    return lse.reshape(-1)[: len(x)], target_logit.reshape(-1)[: len(x)]
+
+
+def _terms_fwd(x, w, targets, first, settings):
+    lse, target_logit = _terms(x, w, targets, first, settings)
+    return (lse, target_logit), (x, w, targets, first, lse)
+
+
+def _terms_bwd(settings, saved, cotangents):
+    x, w, targets, first, lse = saved
+    rows, todo = _chunks(x, targets, settings)
+    lse, d_lse, d_target = (_split(values, settings.chunk) for values in (lse, *cotangents))
+
+    def chunk(step, state):
+        dx, dw = state
+        index = todo.indices[step]
+        part = _chunk_terms(rows.x[index], w, rows.targets[index], first, settings)
+        probs = _probabilities(part.logits, lse[index])
+        d_logits = d_lse[index][:, None] * probs
+        d_logits += jnp.where(part.is_target, d_target[index][:, None], 0.0)
+        d_logits = _through_cap(d_logits, part.logits, settings)
+        dx = dx.at[index].set(_product("RV,VD->RD", d_logits, w, x.dtype).astype(x.dtype))
+        return dx, dw + _product("RV,RD->VD", d_logits, rows.x[index], x.dtype)
+
+    nothing = jnp.zeros(rows.x.shape, x.dtype), jnp.zeros(w.shape, jnp.float32)
+    dx, dw = jax.lax.fori_loop(0, todo.count, chunk, varying_like(nothing, x))
+    return dx.reshape(-1, x.shape[1])[: len(x)], dw.astype(w.dtype), None, None
+
+
+_terms.defvjp(_terms_fwd, _terms_bwd)
+
+
+# --- the weighted form: sum of weights * log-probabilities, gradients made on the way
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted(x, w, targets, weights, settings):
+    first = jnp.zeros_like(targets[0])
+    log_prob = combine(*_terms(x, w, targets, first, settings), targets, None)
+    return weighted_total(weights, log_prob), log_prob
+
+
+def _weighted_fwd(x, w, targets, weights, settings):
+    need_x, need_w = x.perturbed, w.perturbed
+    x, w, targets, weights = x.value, w.value, targets.value, weights.value
+    rows, todo = _chunks(x, targets, settings)
+    scales = jnp.where(rows.targets < 0, 0.0, _split(weights.astype(jnp.float32), settings.chunk))
+    first = jnp.zeros_like(targets[0])
+
+    def chunk(step, state):
+        log_prob, dx, dw = state
+        index = todo.indices[step]
+        part = _chunk_terms(rows.x[index], w, rows.targets[index], first, settings)
+        log_prob = log_prob.at[index].set(part.target_logit - part.lse)
+        d_logits = jnp.where(part.is_target, 1.0, 0.0) - _probabilities(part.logits, part.lse)
+        d_logits = _through_cap(scales[index][:, None] * d_logits, part.logits, settings)
+        if need_x:
+            dx = dx.at[index].set(_product("RV,VD->RD", d_logits, w, x.dtype).astype(dx.dtype))
+        if need_w:
+            dw += _product("RV,RD->VD", d_logits, rows.x[index], x.dtype)
+        return log_prob, dx, dw
+
+    # A gradient that nobody asked for (frozen w) is not computed.
+    dx = jnp.zeros(rows.x.shape, _product_dtype(x.dtype)) if need_x else None
+    dw = jnp.zeros(w.shape, jnp.float32) if need_w else None
+    state = varying_like((jnp.zeros(rows.targets.shape, jnp.float32), dx, dw), x)
+    log_prob, dx, dw = jax.lax.fori_loop(0, todo.count, chunk, state)
+    log_prob = jnp.where(targets < 0, 0.0, log_prob.reshape(-1)[: len(x)])
+    dx = dx.reshape(-1, x.shape[1])[: len(x)] if need_x else None
+    dw = dw.astype(_product_dtype(w.dtype)) if need_w else None
+    # The empty arrays carry the types of the gradients.
+    saved = (dx, dw, weights, countable(weights, log_prob), x[:0], w[:0])
+    return (weighted_total(weights, log_prob), log_prob), saved
+
+
+def _weighted_bwd(settings, saved, cotangents):
+    del settings
+    dx, dw, weights, log_prob, like_x, like_w = saved
+    d_total = cotangents[0]  # the public function stops the gradient of log_prob
+    if isinstance(d_total, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+
+    def scaled(gradient, dtype):
+        return None if gradient is None else (d_total * gradient).astype(dtype)
+
+    return (
+        scaled(dx, like_x.dtype),
+        scaled(dw, like_w.dtype),
+        None,
+        scaled(log_prob, weights.dtype),
+    )
+
+
+_weighted.defvjp(_weighted_fwd, _weighted_bwd, symbolic_zeros=True)
+
+
+# --- one chunk
+
+
+class _Rows(NamedTuple):
+    x: jax.Array  # [chunks, chunk, D]
+    targets: jax.Array  # [chunks, chunk], -1 beyond R
+
+
+class _Todo(NamedTuple):
+    count: jax.Array  # scalar: chunks with at least one target
+    indices: jax.Array  # [chunks], those chunks first
+
+
+def _chunks(x: jax.Array, targets: jax.Array, settings: _Settings) -> tuple[_Rows, _Todo]:
+    rows = _Rows(_split(x, settings.chunk), _split(targets, settings.chunk, -1))
+    needed = jnp.any(rows.targets >= 0, axis=1)
+    return rows, _Todo(jnp.sum(needed, dtype=jnp.int32), jnp.argsort(~needed, stable=True))
+
+
+def _split(values: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
+    tail = -len(values) % chunk
+    padding = ((0, tail),) + ((0, 0),) * (values.ndim - 1)
+    padded = jnp.pad(values, padding, constant_values=fill) if tail else values
+    return padded.reshape(-1, chunk, *values.shape[1:])
+
+
+def _chunk_terms(x, w, targets, first, settings: _Settings) -> _Terms:
+    logits = jnp.einsum("RD,VD->RV", x, w, preferred_element_type=jnp.float32)
+    if settings.softcap is not None:
+        logits = settings.softcap * jnp.tanh(logits / settings.softcap)
+    columns = jnp.arange(w.shape[0], dtype=jnp.int32)
+    is_valid = jnp.ones(columns.shape, bool)
+    if settings.valid_vocab is not None:
+        is_valid = first + columns < settings.valid_vocab
+        logits = jnp.where(is_valid[None, :], logits, -jnp.inf)
+    largest = jnp.max(logits, axis=1)
+    base = jnp.where(largest == -jnp.inf, 0.0, largest)
+    total = jnp.sum(jnp.exp(logits - base[:, None]), axis=1)
+
+    local = targets - first
+    is_target = (columns[None, :] == local[:, None]) & is_valid[None, :]
+    safe = jnp.clip(local, 0, w.shape[0] - 1)
+    chosen = jnp.take_along_axis(logits, safe[:, None], axis=1)[:, 0]
+    target_logit = jnp.where(local == safe, chosen, -jnp.inf)
+    return _Terms(logits, base + jnp.log(total), target_logit, is_target)
+
+
+def _probabilities(logits: jax.Array, lse: jax.Array) -> jax.Array:
+    return jnp.exp(logits - jnp.where(lse == -jnp.inf, 0.0, lse)[:, None])
+
+
+def _through_cap(d_logits: jax.Array, capped: jax.Array, settings: _Settings) -> jax.Array:
+    if settings.softcap is None:
+        return d_logits
+    slope = 1.0 - jnp.square(capped / settings.softcap)
+    return jnp.where(capped == -jnp.inf, 0.0, d_logits * slope)
+
+
+def _product_dtype(dtype) -> jnp.dtype:
+    """float16 cannot hold the range of gradients before they are scaled; bfloat16 can."""
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else jnp.dtype(dtype)
+
+
+def _product(subscripts: str, d_logits: jax.Array, other: jax.Array, dtype) -> jax.Array:
+    dtype = _product_dtype(dtype)
+    return jnp.einsum(
+        subscripts, d_logits.astype(dtype), other.astype(dtype), preferred_element_type=jnp.float32
+    )

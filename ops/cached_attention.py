@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of the newest tokens of each sequence over a dense key and value cache."""
+
+import jax
+import jax.numpy as jnp
+
+from ops import _cached_attention_reference, _cached_attention_xla, _heads, dispatch
+
+
+def cached_attention(
+    q: jax.Array,  # [B, T, N, H]
+    k: jax.Array,  # [B, S, K, H]
+    v: jax.Array,  # [B, S, K, H]
+    *,
+    lengths: jax.Array,  # [B] int32
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Decode (T = 1) or chunk (T > 1) attention over caches of S slots, filled to `lengths`.
+
+    `lengths` includes the T new tokens, whose keys and values are already in the cache: row t of
+    sequence b sits in slot lengths[b] - T + t and sees the slots up to its own. Rows that would sit
+    before slot 0 (a sequence shorter than T) see nothing. Slots from lengths[b] on are not read
+    into the result, whatever they hold, NaN included.
+
+    For generation: "xla" is not differentiable (train with `masked_attention`).
+
+    Args:
+      q, k, v: floating point; the cache may have another dtype than q. Query head h reads head h //
+        (N // K).
+      scale: a Python number, H ** -0.5 by default.
+      return_lse: also return the log-sum-exp of every row's scores.
+      implementation: a name from `dispatch.IMPLEMENTATIONS`. "reference" scores the whole cache at
+        once; "xla" reads it by blocks up to the longest sequence of the batch, without repeating K
+        and V.
+
+    Returns:
+      out [B, T, N, H] in q.dtype, and with `return_lse` also lse [B, T, N] float32. A row that sees
+      nothing gives zeros and lse -inf. lengths beyond S are undefined.
+
+    Raises:
+      ValueError: shapes or types that do not fit together.
+      dispatch.Unsupported: the named implementation cannot serve the call.
+    """
+    _heads.check(q, k, v)
+    if lengths.shape != q.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(
+            f"lengths must be {q.shape[:1]} integers, got {lengths.shape} {lengths.dtype}"
+        )
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"{q.shape[1]} new tokens do not fit a cache of {k.shape[1]} slots")
+    out, lse = dispatch.dispatch(
+        "cached_attention",
+        implementation,
+        {
+            "reference": _cached_attention_reference.cached_attention,
+            "xla": _cached_attention_xla.cached_attention,
+        },
+        q,
+        k,
+        v,
+        lengths.astype(jnp.int32),
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+    )
+    return (out, lse) if return_lse else out
