@@ -59,7 +59,7 @@ def id_list(ids: Sequence[int] | np.ndarray) -> list[int]:
 
 
 def utf8(text: str) -> bytes:
-    """The bytes of a text; UserError for a lone surrogate, which JSON can carry and UTF-8 cannot."""
+    """The bytes of a text; UserError for a lone surrogate: JSON can carry one, UTF-8 cannot."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
