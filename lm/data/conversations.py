@@ -10,8 +10,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Generic, Self, TypeVar
 
 from absl import logging
 
@@ -19,7 +19,9 @@ from lm.data.messages import Branch, Conversation, Message
 from lm.data.records import Delimiters, Malformed, parse_record
 from lm.errors import DataError, UserError
 
-__all__ = ["Branch", "Conversation", "ConversationReader", "Message", "read_conversations"]
+__all__ = ["Branch", "Conversation", "Message", "RecordReader", "read_conversations"]
+
+T = TypeVar("T")
 
 ON_ERROR = ("stop", "skip")
 _BOM = b"\xef\xbb\xbf"
@@ -33,7 +35,7 @@ def read_conversations(
     on_error: str = "stop",
     delimiters: Delimiters = ("<think>", "</think>"),
     limit: int | None = None,
-) -> "ConversationReader":
+) -> "RecordReader[Conversation]":
     """Streams the conversations of one file, each with its file and line.
 
     on_error: "stop" raises `DataError` (FILE:LINE: reason) at the first malformed record; "skip"
@@ -46,33 +48,40 @@ def read_conversations(
         usable record; or an argument is wrong. A JSON array with broken syntax, or one that is not
         UTF-8, is an error under both `on_error` since the rest of the file cannot be read.
     """
-    return ConversationReader(path, on_error, delimiters, limit)
+    if delimiters is not None and not (len(delimiters) == 2 and all(delimiters)):
+        raise UserError(f"delimiters must be two non-empty strings, got {delimiters!r}")
+    file = os.fspath(path)
+
+    def parse(record: Any, line: int) -> Conversation:
+        return parse_record(record, delimiters, file, line)
+
+    return RecordReader(file, parse, on_error=on_error, limit=limit)
 
 
-class ConversationReader(Iterator[Conversation]):
-    """An iterator over one file that knows what it left out.
+class RecordReader(Iterator[T], Generic[T]):
+    """An iterator over the records of one file that knows what it left out.
 
+    parse: (record, line) -> what the reader yields; it raises `Malformed` with a reason.
     skipped: how many malformed records were skipped so far; errors: (line, reason) of each.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
-        on_error: str,
-        delimiters: Delimiters,
-        limit: int | None,
+        path: str,
+        parse: Callable[[Any, int], T],
+        *,
+        on_error: str = "stop",
+        limit: int | None = None,
     ):
         if on_error not in ON_ERROR:
             raise UserError(f"on_error must be one of {', '.join(ON_ERROR)}, got {on_error!r}")
-        if delimiters is not None and not (len(delimiters) == 2 and all(delimiters)):
-            raise UserError(f"delimiters must be two non-empty strings, got {delimiters!r}")
         if limit is not None and limit < 1:
             raise UserError(f"limit must be at least 1, got {limit}")
-        self.path = os.fspath(path)
+        check_file(path)
+        self.path = path
         self.errors: list[tuple[int, str]] = []
-        self._on_error, self._delimiters, self._limit = on_error, delimiters, limit
-        _check_file(self.path)
-        self._conversations = self._read()
+        self._parse, self._on_error, self._limit = parse, on_error, limit
+        self._records = self._read()
 
     @property
     def skipped(self) -> int:
@@ -81,16 +90,16 @@ class ConversationReader(Iterator[Conversation]):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Conversation:
-        return next(self._conversations)
+    def __next__(self) -> T:
+        return next(self._records)
 
-    def _read(self) -> Iterator[Conversation]:
+    def _read(self) -> Iterator[T]:
         count = 0
         for line, record in decode_records(self.path):
             try:
                 if isinstance(record, Malformed):
                     raise record
-                conversation = parse_record(record, self._delimiters, self.path, line)
+                parsed = self._parse(record, line)
             except Malformed as error:
                 if self._on_error == "stop":
                     raise DataError(self.path, line, str(error)) from None
@@ -98,7 +107,7 @@ class ConversationReader(Iterator[Conversation]):
                 logging.warning("skipped %s:%d: %s", self.path, line, error)
                 continue
             count += 1
-            yield conversation
+            yield parsed
             if count == self._limit:
                 break
         if self.skipped:
@@ -135,7 +144,8 @@ def _is_jsonl(head: Sequence[tuple[int, bytes]]) -> bool:
     return len(head) > 1 and not isinstance(_decode(head[0][1]), Malformed)
 
 
-def _check_file(path: str) -> None:
+def check_file(path: str) -> None:
+    """Raises `UserError` when `path` is not a file that can be read."""
     if not os.path.exists(path):
         raise UserError(f"{path}: no such file")
     if os.path.isdir(path):
