@@ -256,7 +256,7 @@ def _calls(value: Any) -> tuple[dict[str, Any], ...]:
 
 def _optional_string(record: dict[str, Any], key: str) -> str | None:
     value = record.get(key)
-    if not isinstance(value, str | None):
+    if value is not None and not isinstance(value, str):
         raise Malformed(f"'{key}' is {_kind(value)}, not a string")
     return value
 

@@ -4,6 +4,8 @@
 import gzip
 import json
 import os
+import pathlib
+import re
 
 import pytest
 from hypothesis import given
@@ -421,6 +423,14 @@ def test_jsonl_is_streamed(tmp_path):
     with pytest.raises(DataError, match="not JSON"):
         list(reader)
     assert reader.skipped == 0
+
+
+def test_documented_examples(tmp_path):
+    page = (pathlib.Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    got = [read(tmp_path, json.loads(example))[0] for example in examples]
+    assert [c.num_turns for c in got] == [2, 1, 1, 3]
+    assert [c.messages[-1].thought for c in got] == [None, "3*4=12", "Greet.", None]
 
 
 text = st.text(max_size=5)
