@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched generation: one jitted prefill, then one jitted `lax.while_loop` over explicit state.
+
+Lengths are bucketed, so that requests of many lengths share a few compiled programs, and what a
+sequence gets does not depend on who else is in the batch: rows are padded on the right, and every
+sequence draws from its own keys.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import contexts, sampling, transformer
+from lm.config import ModelConfig, SamplingConfig
+from lm.errors import UserError
+from lm.sharding import Sharding
+
+Params = transformer.Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """What one prompt gave; from `stream`, what is new since the last piece."""
+
+    tokens: np.ndarray  # [n] int32, without the stop token
+    log_probs: np.ndarray  # [n] float32, under the model itself: temperature 1, nothing filtered
+    stopped: bool  # a stop token ended it, not `max_new_tokens`
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds on the device for one batch, compilation excluded."""
+
+    prefill: float  # until the first token of every sequence
+    steps: np.ndarray  # [n] per decode step, each giving every unfinished sequence a token
+
+    def summary(self) -> dict[str, float]:
+        """Milliseconds: `prefill_ms`, `token_ms_p50`, `token_ms_p95` (NaN: one token each)."""
+        p50, p95 = np.percentile(self.steps, [50, 95]) if len(self.steps) else (np.nan, np.nan)
+        return {
+            "prefill_ms": 1e3 * self.prefill,
+            "token_ms_p50": 1e3 * float(p50),
+            "token_ms_p95": 1e3 * float(p95),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """All that is static in the two compiled functions."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    capacity: int
+    sharding: Sharding | None
+    implementation: str | None
+    valid_vocab: int | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """The loop's state. Draw number `step` of a sequence goes into column `step` of `tokens`."""
+
+    cache: contexts.Cache
+    keys: jax.Array  # [B] one key per sequence
+    last: jax.Array  # [B] int32, drawn but not yet in the cache
+    tokens: jax.Array  # [B, max_new_tokens] int32
+    log_probs: jax.Array  # [B, max_new_tokens] float32
+    counts: jax.Array  # [B] int32, tokens before the stop token
+    stopped: jax.Array  # [B] bool
+    done: jax.Array  # [B] bool, stopped or not a sequence at all
+    step: jax.Array  # [] int32, draws made
+
+
+def generate(
+    model_config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],  # int32 [n] each
+    sampling: SamplingConfig,
+    stop_ids: Sequence[int],
+    key: jax.Array,
+    *,
+    sharding: Sharding | None = None,
+    implementation: str | None = None,
+    valid_vocab: int | None = None,
+    capacity: int | None = None,
+    indices: Sequence[int] | None = None,
+) -> list[Generation]:
+    """Continues every prompt until a stop token or `sampling.max_new_tokens`.
+
+    Args:
+      params: cast to the compute dtype here; a caller of many batches casts once (`prepare`).
+      stop_ids: end a sequence; the token that did is not part of it.
+      key: sequence i draws from `fold_in(key, indices[i])`, whatever the rest of the batch is.
+      capacity: cache slots per sequence; None takes what the longest prompt needs.
+      indices: by default the position in `prompts`.
+
+    Raises:
+      UserError: no prompts, an empty one, or one that does not fit into the capacity.
+      ops.dispatch.Unsupported: the named implementation cannot serve.
+    """
+    pieces = stream(
+        model_config,
+        params,
+        prompts,
+        sampling,
+        stop_ids,
+        key,
+        sharding=sharding,
+        implementation=implementation,
+        valid_vocab=valid_vocab,
+        capacity=capacity,
+        indices=indices,
+        chunk=sampling.max_new_tokens,
+    )
+    (whole,) = pieces
+    return whole
+
+
+def stream(
+    model_config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    sampling: SamplingConfig,
+    stop_ids: Sequence[int],
+    key: jax.Array,
+    *,
+    sharding: Sharding | None = None,
+    implementation: str | None = None,
+    valid_vocab: int | None = None,
+    capacity: int | None = None,
+    indices: Sequence[int] | None = None,
+    chunk: int = 16,
+) -> Iterator[list[Generation]]:
+    """`generate` in pieces of `chunk` tokens a sequence, one host visit each.
+
+    Concatenated, the pieces are what `generate` returns; `stopped` is set in the piece that ends
+    a sequence, and later pieces of it are empty. Raises as `generate` does, at the first piece.
+    """
+    if chunk < 1:
+        raise UserError(f"chunk={chunk} must be at least 1")
+    program = _Program(model_config, sampling, 0, sharding, implementation, valid_vocab)
+    program, arguments = _request(program, prompts, stop_ids, key, capacity, indices)
+    params = prepare(model_config, params)
+    state = _prefill(program, params, *arguments)
+    seen = np.zeros(len(prompts), np.int32)
+    for limit in range(chunk, sampling.max_new_tokens + chunk, chunk):
+        limit = min(limit, sampling.max_new_tokens)
+        state = _decode(program, params, state, arguments[-2], limit)
+        piece, seen, finished = _collect(state, seen)
+        yield piece
+        if finished:
+            return
+
+
+def measure(
+    model_config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    sampling: SamplingConfig,
+    key: jax.Array,
+    *,
+    sharding: Sharding | None = None,
+    implementation: str | None = None,
+    valid_vocab: int | None = None,
+) -> Timing:
+    """Times one batch, step by step, after a run that compiles. No token stops it."""
+    program = _Program(model_config, sampling, 0, sharding, implementation, valid_vocab)
+    program, arguments = _request(program, prompts, (), key, None, None)
+    params = prepare(model_config, params)
+    state = _decode(
+        program,
+        params,
+        _prefill(program, params, *arguments),
+        arguments[-2],
+        min(2, sampling.max_new_tokens),
+    )
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    state = jax.block_until_ready(_prefill(program, params, *arguments))
+    prefill, steps = time.perf_counter() - start, []
+    for limit in range(2, sampling.max_new_tokens + 1):
+        start = time.perf_counter()
+        state = jax.block_until_ready(_decode(program, params, state, arguments[-2], limit))
+        steps.append(time.perf_counter() - start)
+    return Timing(prefill, np.array(steps))
+
+
+def prepare(config: ModelConfig, params: Params) -> Params:
+    """The parameters in the compute dtype; those that are in it already are shared, not copied."""
+    return jax.tree.map(lambda x: jnp.asarray(x, config.dtype), params)
+
+
+def bucket(length: int) -> int:
+    """The padded length: 16, 32, 64, 128, then powers of two and the points halfway between."""
+    size = 16
+    while size < length:
+        if 128 <= size < length <= size + size // 2:
+            return size + size // 2
+        size *= 2
+    return size
+
+
+def _request(
+    program: _Program,
+    prompts: Sequence[np.ndarray],
+    stop_ids: Sequence[int],
+    key: jax.Array,
+    capacity: int | None,
+    indices: Sequence[int] | None,
+) -> tuple[_Program, tuple[Any, ...]]:
+    """The program with its capacity, and the padded arguments of `_prefill`."""
+    new = program.sampling.max_new_tokens
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths:
+        raise UserError("nothing to generate: no prompts")
+    if min(lengths) == 0:
+        raise UserError(f"prompt {lengths.index(0)} is empty: generation needs a token to go on")
+    longest = max(lengths)
+    if capacity is not None and longest + new > capacity:
+        raise UserError(
+            f"prompt {lengths.index(longest)} has {longest} tokens and {new} new ones are asked "
+            f"for: {longest + new} do not fit into a capacity of {capacity}"
+        )
+    if indices is not None and len(indices) != len(prompts):
+        raise UserError(f"{len(indices)} indices for {len(prompts)} prompts")
+    size = bucket(longest)
+    if capacity is None:
+        capacity = -(-(size + new) // 64) * 64
+    size = min(size, capacity)
+    batch = _batch_bucket(len(prompts), program.sharding)
+    tokens = np.zeros((batch, size), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    padded = np.zeros((2, batch), np.int32)
+    padded[0, : len(prompts)] = lengths
+    padded[1, : len(prompts)] = np.arange(len(prompts)) if indices is None else indices
+    # -1 is no token; room for a few more stop tokens keeps the program
+    stops = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
+    return dataclasses.replace(program, capacity=capacity), (tokens, *padded, stops, key)
+
+
+def _batch_bucket(count: int, sharding: Sharding | None) -> int:
+    """A power of two of sequences for each part of the batch."""
+    parts = 1 if sharding is None else sharding.size("batch")
+    return parts * (1 << (-(-count // parts) - 1).bit_length())
+
+
+def _collect(state: _State, seen: np.ndarray) -> tuple[list[Generation], np.ndarray, bool]:
+    """What is new for every sequence since `seen` tokens, the new counts, and whether all ended."""
+    fields = state.tokens, state.log_probs, state.counts, state.stopped, state.done
+    tokens, log_probs, counts, stopped, done = jax.device_get(fields)
+    count = len(seen)
+    piece = [
+        Generation(
+            tokens[i, seen[i] : counts[i]], log_probs[i, seen[i] : counts[i]], bool(stopped[i])
+        )
+        for i in range(count)
+    ]
+    return piece, counts[:count], bool(done.all())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefill(
+    program: _Program,
+    params: Params,
+    tokens: jax.Array,  # [B, T] int32, padded on the right
+    lengths: jax.Array,  # [B] int32; 0: no sequence, only padding of the batch
+    indices: jax.Array,  # [B] int32
+    stop_ids: jax.Array,  # [stops] int32
+    key: jax.Array,  # []
+) -> _State:
+    """Fills the cache and draws the first token of every sequence."""
+    logits, cache = prefill_logits(
+        program.model,
+        params,
+        tokens,
+        lengths,
+        program.capacity,
+        sharding=program.sharding,
+        implementation=program.implementation,
+    )
+    B, new = tokens.shape[0], program.sampling.max_new_tokens
+    state = _State(
+        cache=cache,
+        keys=jax.vmap(lambda index: jax.random.fold_in(key, index))(indices),
+        last=jnp.zeros(B, jnp.int32),
+        tokens=jnp.zeros((B, new), jnp.int32),
+        log_probs=jnp.zeros((B, new), jnp.float32),
+        counts=jnp.zeros(B, jnp.int32),
+        stopped=jnp.zeros(B, bool),
+        done=lengths == 0,
+        step=jnp.zeros((), jnp.int32),
+    )
+    return _drawn(program, state, logits, stop_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _decode(
+    program: _Program, params: Params, state: _State, stop_ids: jax.Array, limit: jax.Array
+) -> _State:
+    """Goes on until `limit` draws have been made or every sequence is done."""
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.step < limit) & ~jnp.all(state.done)
+
+    def step(state: _State) -> _State:
+        logits, cache = decode_logits(
+            program.model,
+            params,
+            state.last,
+            state.cache,
+            advance=jnp.where(state.done, 0, 1),
+            sharding=program.sharding,
+            implementation=program.implementation,
+        )
+        return _drawn(program, dataclasses.replace(state, cache=cache), logits, stop_ids)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def prefill_logits(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,  # [B, T] int32, padded on the right
+    lengths: jax.Array,  # [B] int32
+    capacity: int,
+    *,
+    sharding: Sharding | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, contexts.Cache]:
+    """Logits [B, V] float32 after the last token of every prompt, and the filled cache."""
+    B, T = tokens.shape
+    cache = contexts.Cache.empty(config, B, capacity)
+    context = contexts.Prefill(cache, lengths, sharding, implementation)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    states, context = transformer.hidden(config, params, tokens, positions, context)
+    rows = jnp.maximum(lengths, 1) - 1
+    last = jnp.take_along_axis(states, rows[:, None, None], axis=1)[:, 0]  # [B, D]
+    return transformer.logits(config, params, last), context.cache
+
+
+def decode_logits(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,  # [B] int32
+    cache: contexts.Cache,
+    *,
+    advance: jax.Array | int = 1,  # [B] or scalar int32: 0 leaves a sequence where it is
+    sharding: Sharding | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, contexts.Cache]:
+    """Logits [B, V] float32 after one more token of every sequence, and the cache with it."""
+    context = contexts.Decode(cache, sharding, implementation)
+    states, context = transformer.hidden(
+        config, params, tokens[:, None], cache.lengths[:, None], context
+    )
+    return transformer.logits(config, params, states[:, 0]), context.advanced(advance)
+
+
+def _drawn(program: _Program, state: _State, logits: jax.Array, stop_ids: jax.Array) -> _State:
+    """Draws a token for every sequence that is not done and files it."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+    token = sampling.sample(logits, program.sampling, keys, program.valid_vocab)
+    plain = jax.nn.log_softmax(sampling.masked_logits(logits, program.valid_vocab), axis=-1)
+    log_prob = jnp.take_along_axis(plain, token[:, None], axis=1)  # [B, 1]
+    stop = jnp.any(token[:, None] == stop_ids[None, :], axis=1) & ~state.done
+    keep = ~state.done & ~stop
+    column = (0, state.step)
+    new = dataclasses.replace(
+        state,
+        last=jnp.where(keep, token, state.last),
+        tokens=jax.lax.dynamic_update_slice(
+            state.tokens, jnp.where(keep, token, 0)[:, None], column
+        ),
+        log_probs=jax.lax.dynamic_update_slice(
+            state.log_probs, jnp.where(keep[:, None], log_prob, 0.0), column
+        ),
+        counts=state.counts + keep,
+        stopped=state.stopped | stop,
+        done=state.done | stop,
+        step=state.step + 1,
+    )
+    return new if program.sharding is None else _placed(new, program.sharding)
+
+
+def _placed(state: _State, sharding: Sharding) -> _State:
+    """The cache split over sequences and heads; the rest whole everywhere, for any host to read."""
+    cache = dataclasses.replace(
+        state.cache,
+        k=sharding.constrain(state.cache.k, None, "batch", None, "kv_heads", None),
+        v=sharding.constrain(state.cache.v, None, "batch", None, "kv_heads", None),
+    )
+    whole = {
+        name: sharding.constrain(getattr(state, name), *[None] * getattr(state, name).ndim)
+        for name in ("tokens", "log_probs", "counts", "stopped", "done")
+    }
+    return dataclasses.replace(state, cache=cache, **whole)
