@@ -217,11 +217,8 @@ def plan(
         cost.flush()
         summary = cost.summary(model, remat, shards, rows_per_chip)
         results[name] = summary if cost.refused is None else None
-    base = results[BASELINE]
     for result in filter(None, results.values()):
-        result["token_ratio"] = _ratio(base, result, "tokens")
-        result["predicted_speedup"] = _ratio(base, result, "flops")
-        result["padded_speedup"] = _ratio(base, result, "padded_flops")
+        _compare(result, results[BASELINE])
     return {
         "conversations": count,
         "samples": samples_count,
@@ -233,6 +230,12 @@ def plan(
     }
 
 
-def _ratio(base: dict[str, Any], result: dict[str, Any], name: str) -> float | None:
-    """How many times less than n_pass; None when there is nothing to compare."""
-    return base[name] / result[name] if result[name] else None
+def _compare(result: dict[str, Any], base: dict[str, Any]) -> None:
+    """Adds how many times less than n_pass a mode needs; None when there is nothing to compare."""
+    ratios = {
+        "token_ratio": "tokens",
+        "predicted_speedup": "flops",
+        "padded_speedup": "padded_flops",
+    }
+    for ratio, name in ratios.items():
+        result[ratio] = base[name] / result[name] if result[name] else None
