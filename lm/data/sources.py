@@ -14,7 +14,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import IO, Any, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -184,14 +184,31 @@ def _prepare(builder: builders.ConversationBuilder) -> bool:
         return False
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locked = _lock(lock)
         if directory.exists():
             return False
-        # Whoever holds the lock is the only writer, so these are left from preparations cut off.
-        for remains in directory.parent.glob("incomplete.*"):
-            shutil.rmtree(remains, ignore_errors=True)
-        builder.download_and_prepare()
+        if locked:
+            # Whoever holds the lock is the only writer: these are left from preparations cut off.
+            for remains in directory.parent.glob("incomplete.*"):
+                shutil.rmtree(remains, ignore_errors=True)
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            if directory.exists():  # without a lock, another process can be the first to finish
+                return False
+            raise
         _check(builder)
+    return True
+
+
+def _lock(file: IO[str]) -> bool:
+    """Waits for the lock; False where the file system has none, and work may be done twice."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return False
     return True
 
 

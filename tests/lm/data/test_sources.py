@@ -2,6 +2,7 @@
 """Sources: random access, held-out splits, a cache that survives kills, races and full disks."""
 
 import concurrent.futures
+import errno
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 
 import grain
 import numpy as np
@@ -213,6 +215,25 @@ def test_concurrent_preparation_happens_once(path, cache, monkeypatch):
         opened = list(pool.map(lambda _: open_source(FileData(path), cache), range(4)))
     assert calls == [1]
     assert all(list(source) == list(opened[0]) for source in opened)
+
+
+def test_file_systems_without_locks(path, cache, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(sources.fcntl, "flock", no_locks)
+    prepare = builders.ConversationBuilder._download_and_prepare
+    together = threading.Barrier(3, timeout=30)
+
+    def prepare_together(*args, **options):
+        prepare(*args, **options)
+        together.wait()
+
+    monkeypatch.setattr(builders.ConversationBuilder, "_download_and_prepare", prepare_together)
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        opened = list(pool.map(lambda _: open_source(FileData(path), cache), range(3)))
+    assert all(len(source) == 20 for source in opened)
+    assert list(open_source(FileData(path), cache)) == list(opened[0])
 
 
 def test_failed_write_is_one_line(cache):
