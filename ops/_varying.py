@@ -12,7 +12,7 @@ import jax
 
 
 def _axes(array: jax.Array) -> frozenset[str]:
-    return frozenset(getattr(jax.typeof(array), "vma", None) or ())
+    return frozenset(jax.typeof(array).manual_axis_type.varying)
 
 
 def common_varying(tree: Any) -> Any:

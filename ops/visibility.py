@@ -195,10 +195,11 @@ class Visibility:
         num_rows = self.num_keys if num_rows is None else num_rows
         one = jax.tree.map(lambda vector: vector[row : row + 1], self)
         if max(num_rows, self.num_keys) <= _PICTURE_SIZE:
-            cells, letters = np.asarray(one.as_array(num_rows))[0], ".#"
+            cells, letters = np.asarray(_as_array(one, num_rows))[0], ".#"
         else:
             block = -(-max(num_rows, self.num_keys) // _PICTURE_SIZE)
-            cells, letters = np.asarray(one.block_table(num_rows, block, block))[0], ".+#"
+            cells = np.asarray(_block_table(one, num_rows, block, block))[0]
+            letters = ".+#"
         return "\n".join("".join(letters[int(cell)] for cell in line) for line in cells)
 
     def __str__(self) -> str:
@@ -219,6 +220,10 @@ def visible(visibility: Visibility, rows: jax.Array, keys: jax.Array) -> jax.Arr
         hidden = visibility.hidden_from[:, None, :] <= rows
         seen &= ~(hidden & (rows < visibility.hidden_until[:, None, :]))
     return seen
+
+
+_as_array = jax.jit(Visibility.as_array, static_argnums=1)
+_block_table = jax.jit(Visibility.block_table, static_argnums=(1, 2, 3))
 
 
 def _concrete(array: jax.Array) -> bool:
