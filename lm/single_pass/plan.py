@@ -116,8 +116,11 @@ class _Costs:
     seq_len: int
     window: int
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
-    longest: int = 0
+    tokens: int = 0  # whole conversations, before packing
+    edges: int = 0
     pairs: int = 0
+    longest: int = 0
+    packed_pairs: int = 0  # after packing split or dropped what does not fit
     refused: str | None = None
     _waiting: list[Layout] = dataclasses.field(default_factory=list)
 
@@ -125,12 +128,20 @@ class _Costs:
         if self.refused is not None:
             return
         try:
-            found, report = layouts.layouts_of(samples, self.mode, self.seq_len, overlong)
+            found, report = layouts.layouts_of(samples, self.mode)
         except DataError as error:
             self.refused = str(error)
             logging.warning("plan: mode %s refuses the data: %s", self.mode, error)
             return
+        self.tokens += sum(layout.length for layout in found)
+        self.edges += sum(layout.num_edges for layout in found)
+        self.pairs += sum(layout.pairs for layout in found)
+        longest = max(max(layout.length, layout.num_edges) for layout in found)
+        self.longest = max(self.longest, longest)
+        if longest > self.seq_len:  # packing must split it or lose some of it
+            found, report = layouts.layouts_of(samples, self.mode, self.seq_len, overlong)
         self._count(report.counts())
+        self.packed_pairs += sum(layout.pairs for layout in found)
         self._waiting += found
         if len(self._waiting) >= self.window:
             self.flush()
@@ -142,8 +153,6 @@ class _Costs:
         sizes = [max(layout.length, layout.num_edges) for layout in waiting]
         bins = packing.assign(sizes, self.seq_len)
         self._count(packing.fill(waiting, len(bins), self.seq_len))
-        self.longest = max(self.longest, max(sizes))
-        self.pairs += sum(layout.pairs for layout in waiting)
 
     def _count(self, counts: dict[str, int]) -> None:
         for name, count in counts.items():
@@ -152,18 +161,18 @@ class _Costs:
     def summary(self, model: ModelConfig, remat: str, shards: int, rows: int) -> dict[str, Any]:
         counts = self.counts
         numbers = [counts.get(name, 0) for name in ("tokens", "edges", "row_tokens")]
-        tokens, edges, row_tokens = numbers
+        packed_tokens, packed_edges, row_tokens = numbers
         return {
-            "tokens": tokens,
-            "edges": edges,
+            "tokens": self.tokens,
+            "edges": self.edges,
             "pairs": self.pairs,
-            "flops": training_flops(model, tokens, edges, self.pairs),
-            "padded_flops": training_flops(model, row_tokens, edges, self.pairs),
+            "flops": training_flops(model, self.tokens, self.edges, self.pairs),
+            "padded_flops": training_flops(model, row_tokens, packed_edges, self.packed_pairs),
             "layouts": counts.get("layouts", 0),
             "longest": self.longest,
             "rows": counts.get("rows", 0),
             "row_tokens": row_tokens,
-            "fill": tokens / row_tokens if row_tokens else 0.0,
+            "fill": packed_tokens / row_tokens if row_tokens else 0.0,
             "memory_bytes": training_memory(model, rows * self.seq_len, remat, shards),
             "memory_bytes_longest": training_memory(model, self.longest, remat, shards),
             **{name: counts.get(name, 0) for name in layouts.COUNTS},
@@ -195,8 +204,8 @@ def plan(
     Returns:
       `conversations`, `samples`, `seq_len`, `window`, `parameters`, and `modes`: per mode a dict,
       or None when it refuses the data (the reason is logged, and in `refused`). In it: `tokens`,
-      `edges` (trained), `pairs` (visible), `flops` without padding and `padded_flops` with that of
-      the packed rows, `token_ratio`, `predicted_speedup` and `padded_speedup` against n_pass,
+      `edges` (trained), `pairs` (visible) and `flops` of whole conversations, `padded_flops` of the
+      rows that they pack into, `token_ratio`, `predicted_speedup` and `padded_speedup` against n_pass,
       `layouts`, `longest` (the least seq_len that needs no split), `rows`, `fill`, `memory_bytes`
       of a step and `memory_bytes_longest` of one over the longest layout alone, and what was
       dropped, truncated and split, as in `layouts.Report`.
@@ -239,3 +248,30 @@ def _compare(result: dict[str, Any], base: dict[str, Any]) -> None:
     }
     for ratio, name in ratios.items():
         result[ratio] = base[name] / result[name] if result[name] else None
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """`predicted_speedup`, n_pass FLOPs over tree FLOPs, and `packing`, the fill of each mode."""
+    modes = result["modes"]
+    tree = modes.get("tree")
+    return {
+        "predicted_speedup": tree["predicted_speedup"] if tree else None,
+        "packing": {name: mode and mode["fill"] for name, mode in modes.items()},
+    }
+
+
+def lines(result: dict[str, Any]) -> list[str]:
+    """The plan as a table for people."""
+    head = f"{'mode':<14}{'tokens':>12}{'pairs':>14}{'FLOPs':>10}{'speed-up':>10}{'fill':>7}{'memory':>10}"
+    out = [f"{result['conversations']} conversations, {result['samples']} turns", head]
+    for name, mode in result["modes"].items():
+        if mode is None:
+            out.append(f"{name:<14}refused: {result['refused'][name]}")
+            continue
+        speedup = mode["predicted_speedup"]
+        out.append(
+            f"{name:<14}{mode['tokens']:>12,}{mode['pairs']:>14,}{mode['flops']:>10.3g}"
+            f"{speedup if speedup is None else round(speedup, 2)!s:>10}{mode['fill']:>7.1%}"
+            f"{mode['memory_bytes'] / 2**30:>7.2f} GiB"
+        )
+    return out

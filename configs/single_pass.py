@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single-pass training of multi-turn reasoning conversations (arXiv 2504.18246).
+
+    python -m experiments.single_pass.train --config=configs/single_pass.py:PRESET --workdir=DIR [--data=FILE]
+
+| preset | model | hardware | what it is for |
+|---|---|---|---|
+| smoke | 0.9 M, bytes | 2 CPU cores, under a minute | tests, first contact, verify |
+| demo | 0.9 M, bytes | 2 CPU cores, about two minutes | learns the embedded arithmetic; `make demo` |
+| colab | 20 M, bytes | one small GPU or TPU, under 30 minutes (not measured) | the notebook on real data |
+| llama_1b | Llama-3.2-1B shape | one 80 GB GPU | the benchmark at seq_len 19,456 |
+| paper | Llama-3.1-8B shape | v5p:4x4x4 or v6e:8x8 (64 chips) | the published setting; the paper reports 1.54x over N-pass |
+| lora | as the checkpoint in init_from | one 80 GB GPU (not measured) | adapters on a Hugging Face model |
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    """The config of a preset; an unknown name lists the known ones."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[preset]()
+
+
+def smoke() -> ConfigDict:
+    """Seconds on a CPU."""
+    config = ConfigDict()
+    config.model = shapes.model()
+    config.init_from = ""
+
+    config.data = data = ConfigDict()
+    data.source = "arithmetic"
+    data.tokenizer = "auto"
+    data.template = ""
+    data.policy = "interleaved"
+    data.think_open = "<think>"
+    data.think_close = "</think>"
+    data.on_error = "stop"
+    data.mode = "tree"
+    data.seq_len = 512
+    data.window = 64
+    data.overlong = "drop"
+    data.limit = 0
+    data.seed = 0
+    data.min_turns = 2
+    data.max_turns = 4
+    data.max_number = 99
+    data.max_operand = 9
+    data.tools = False
+    data.validation_fraction = 0.1
+    data.eval_conversations = 16
+
+    config.train = train = ConfigDict()
+    train.batch_size = 4
+    train.accumulate = 1
+    train.steps = 30
+    train.epochs = 1
+    train.weighting = "per_token"
+    train.remat = "none"
+    train.implementation = ""
+    train.checkpoint_every = 10
+    train.keep_checkpoints = 2
+    train.log_every = 5
+    train.verify_every = 0
+    train.seed = 0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 3e-3
+    optimizer.schedule = "cosine"
+    optimizer.warmup_steps = 10
+    optimizer.final_fraction = 0.1
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.01
+    optimizer.clip_norm = 1.0
+
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.sampling = ConfigDict(
+        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 64}
+    )
+    return config
+
+
+def demo() -> ConfigDict:
+    """Learns the embedded arithmetic on a laptop."""
+    config = smoke()
+    config.train.steps = 300
+    config.train.batch_size = 8
+    config.train.checkpoint_every = 100
+    config.train.log_every = 20
+    config.data.eval_conversations = 64
+    return config
+
+
+def colab() -> ConfigDict:
+    """One small accelerator."""
+    config = demo()
+    config.model = shapes.model(
+        num_layers=8,
+        embed_dim=384,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=64,
+        mlp_dim=1024,
+        dtype="bfloat16",
+    )
+    config.data.seq_len = 4096
+    config.data.window = 256
+    config.data.eval_conversations = 256
+    config.train.batch_size = 16
+    config.train.steps = 2000
+    config.train.checkpoint_every = 500
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    return config
+
+
+def llama_1b() -> ConfigDict:
+    """The shape and length of the speed claim."""
+    config = smoke()
+    config.model = shapes.llama_3_2_1b()
+    config.data.seq_len = 19456
+    config.data.window = 256
+    config.train.batch_size = 1
+    config.train.remat = "full"
+    config.optimizer.learning_rate = 1e-5
+    return config
+
+
+def paper() -> ConfigDict:
+    """8B on 64 chips: one row of 16,384 tokens a chip."""
+    config = llama_1b()
+    config.model = shapes.llama_3_1_8b()
+    config.data.seq_len = 16384
+    config.train.batch_size = 64
+    config.train.steps = 2000
+    config.train.checkpoint_every = 200
+    config.train.keep_checkpoints = 2
+    config.optimizer.warmup_steps = 60
+    config.optimizer.weight_decay = 0.0
+    return config
+
+
+def lora() -> ConfigDict:
+    """Adapters on the checkpoint in `init_from`, whose shape replaces `model`."""
+    config = llama_1b()
+    config.model.lora.rank = 16
+    config.data.seq_len = 8192
+    config.optimizer.learning_rate = 2e-4
+    config.train.steps = 500
+    return config
+
+
+PRESETS = {
+    "smoke": smoke,
+    "demo": demo,
+    "colab": colab,
+    "llama_1b": llama_1b,
+    "paper": paper,
+    "lora": lora,
+}

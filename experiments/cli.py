@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command shares: flags, one clear line on bad input, exit statuses, the JSON line at the end.
+
+Exit status 0: done; 1: a check failed or the run broke; 2: bad input.
+"""
+
+import glob
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def _skip_absent_tpu() -> None:
+    """libtpu may be here only to compile with; without a TPU, JAX would wait for one and complain."""
+    tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
+    if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not tpu:
+        gpu = importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec(
+            "jax_cuda12_plugin"
+        )
+        os.environ["JAX_PLATFORMS"] = (
+            "cuda,cpu" if gpu and glob.glob("/dev/nvidia[0-9]*") else "cpu"
+        )
+
+
+_skip_absent_tpu()
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lm.config import Config, freeze
+from lm.errors import RunError, UserError
+
+FLAGS = flags.FLAGS
+
+
+class CheckFailed(Exception):
+    """A check did not hold: its result is still printed, the reason goes to stderr, exit status 1."""
+
+    def __init__(self, result: dict[str, Any], reason: str):
+        super().__init__(reason)
+        self.result = result
+
+
+def define_config(data: bool = True, workdir: bool = False) -> None:
+    """Defines --config, and --data and --workdir where a command takes them."""
+    config_flags.DEFINE_config_file(
+        "config",
+        help_string="FILE.py:PRESET; override keys as --config.section.key=value",
+    )
+    flags.mark_flag_as_required("config")
+    if data:
+        flags.DEFINE_string(
+            "data", None, "conversations to use instead of the config's (JSON, JSONL, .gz)"
+        )
+    if workdir:
+        flags.DEFINE_string("workdir", None, "directory of the run")
+        flags.mark_flag_as_required("workdir")
+
+
+def config() -> Config:
+    """The frozen config of this command: the preset, overrides, and --data."""
+    try:
+        values = FLAGS.config.to_dict()
+    except OSError as error:
+        raise UserError(f"--config: cannot read the file: {_last_line(error)}") from error
+    if "data" in FLAGS and FLAGS.data is not None:
+        values.setdefault("data", {})["source"] = FLAGS.data
+    return freeze(values)
+
+
+def define_distributed() -> None:
+    """Defines --distributed, for commands that run on every host of a pod."""
+    flags.DEFINE_bool("distributed", False, "join the other hosts of a pod before anything else")
+
+
+def initialize_distributed() -> None:
+    """Joins the other hosts, which JAX finds from the environment (Cloud TPU, Slurm, MPI)."""
+    if FLAGS.distributed:
+        jax.distributed.initialize()
+
+
+def run(main: Callable[[], dict[str, Any]]) -> None:
+    """Parses flags, calls `main` and prints what it returns as the last line of output, as JSON."""
+
+    def wrapped(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            _exit(2, f"unexpected argument {argv[1]!r}; flags start with --")
+        logging.set_verbosity(logging.WARNING)
+        try:
+            result = main()
+        except CheckFailed as error:
+            _print(error.result)
+            _exit(1, f"check failed: {error}")
+        except UserError as error:
+            _exit(2, str(error))
+        except RunError as error:
+            _exit(1, str(error))
+        except OSError as error:
+            _exit(1, f"{error.filename or 'input/output'}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            _exit(130, "interrupted")
+        _print(result)
+
+    _show_flags_in_help()
+    app.run(wrapped, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        # ml_collections: an override of a key that the config does not have
+        keys = [a for a in argv if a.startswith("--config.")]
+        hint = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+        _exit(2, f"unknown config key in {' '.join(keys)}: {' '.join(hint.split())}")
+    except (flags.Error, TypeError, ValueError) as error:
+        _exit(2, _last_line(error))
+
+
+def _last_line(error: Exception) -> str:
+    """ml_collections quotes whole tracebacks; what happened is in their last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _show_flags_in_help() -> None:
+    """`--help` lists the flags that this command defined through this module."""
+    for module, defined in FLAGS.flags_by_module_dict().items():
+        if module in ("experiments.cli", "ml_collections.config_flags.config_flags"):
+            for flag in defined:
+                FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def _print(result: dict[str, Any]) -> None:
+    sys.stdout.flush()
+    print(json.dumps(_finite(result)), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _exit(status: int, line: str) -> None:
+    sys.stdout.flush()
+    print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)

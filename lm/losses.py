@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss on edges: row r predicts token t with weight w. Rows that train nothing never meet the unembedding."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lm import contexts, transformer
+from lm.config import ModelConfig
+from lm.sharding import Sharding
+from ops.linear_log_prob import linear_log_prob
+from ops.visibility import Visibility
+
+Batch = Mapping[str, jax.Array]
+WEIGHTS = {"per_token": "edge_weights", "per_turn": "edge_turn_weights"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a forward pass is carried out, as opposed to what it computes."""
+
+    sharding: Sharding | None = None
+    implementation: str | None = None
+    remat: str = "none"
+    valid_vocab: int | None = None  # tokens beyond it are padding of the embedding table
+
+
+def visibility_of(batch: Batch) -> Visibility:
+    """The `Visibility` that a batch of rows states: `until`, and hidden runs where the layout has them."""
+    return Visibility(
+        until=batch["until"],
+        hidden_from=batch.get("hidden_from"),
+        hidden_until=batch.get("hidden_until"),
+    )
+
+
+def forward(
+    config: ModelConfig, params: transformer.Params, batch: Batch, execution: Execution
+) -> jax.Array:
+    """Hidden states [B, S, D] of packed rows."""
+    context = contexts.Training(visibility_of(batch), execution.sharding, execution.implementation)
+    states, _ = transformer.hidden(
+        config, params, batch["tokens"], batch["positions"], context, remat=execution.remat
+    )
+    return states
+
+
+def edge_log_probs(
+    config: ModelConfig, params: transformer.Params, batch: Batch, execution: Execution
+) -> jax.Array:
+    """Log-probability of each edge's target, [B, E] float32; 0 on padding edges."""
+    states = forward(config, params, batch, execution)
+    return _log_probs(config, params, states, batch, None, execution)[1]
+
+
+def weighted_log_prob(
+    config: ModelConfig,
+    params: transformer.Params,
+    batch: Batch,
+    execution: Execution,
+    weighting: str = "per_token",
+) -> tuple[jax.Array, jax.Array]:
+    """sum over edges of weight * log-probability (differentiable), and [B, E] log-probabilities (not)."""
+    states = forward(config, params, batch, execution)
+    return _log_probs(config, params, states, batch, batch[WEIGHTS[weighting]], execution)
+
+
+def _log_probs(config, params, states, batch, weights, execution):
+    rows = batch["edge_rows"][..., None]
+    with jax.named_scope("edges"):
+        x = jnp.take_along_axis(states, rows, axis=1)  # [B, E, D]
+        table = transformer.unembedding(config, params).astype(x.dtype)
+    sharding = execution.sharding
+    tensor = None
+    if sharding is not None and sharding.size("vocab") > 1:
+        (tensor,) = sharding.axes("vocab")
+
+    def local(x, table, targets, weights):
+        out = linear_log_prob(
+            x.reshape(-1, x.shape[-1]),
+            table,
+            targets.reshape(-1),
+            None if weights is None else weights.reshape(-1),
+            softcap=config.logit_softcap,
+            valid_vocab=execution.valid_vocab,
+            vocab_axis=tensor,
+            implementation=execution.implementation,
+        )
+        total, log_prob = (jnp.zeros((), jnp.float32), out) if weights is None else out
+        if sharding is not None:
+            total = jax.lax.psum(total, sharding.axes("batch"))
+        return total, log_prob.reshape(targets.shape)
+
+    arguments = (x, table, batch["edge_targets"], weights)
+    if sharding is None:
+        return local(*arguments)
+    edges = sharding.spec("batch", None)
+    specs = (sharding.spec("batch", None, None), P(tensor, None), edges, edges)
+    if weights is None:
+        specs = (*specs[:3], None)
+    return sharding.shard_map(local, specs, (P(), edges))(*arguments)
+
+
+def normalised(batch: Batch, log_probs: jax.Array) -> dict[str, jax.Array]:
+    """Sums of loss and weight under both normalisations, each a float32 scalar.
+
+    `loss_<weighting>` / `weight_<weighting>` is the mean; sums are kept so that microbatches and hosts add up.
+    """
+    sums = {}
+    for weighting, field in WEIGHTS.items():
+        sums[f"loss_{weighting}"] = -jnp.sum(batch[field] * log_probs)
+        sums[f"weight_{weighting}"] = jnp.sum(batch[field])
+    return sums

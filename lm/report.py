@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One self-contained page from the rows that runs leave in their workdirs.
+
+Every figure and table is made again from the rows, nothing is measured here. What a workdir does
+not hold is left out, with a line that says which command would add it.
+"""
+
+import base64
+import dataclasses
+import functools
+import json
+import pathlib
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from matplotlib.figure import Figure
+
+from lm import plots, tables
+from lm.errors import UserError
+from lm.workdir import Workdir
+
+Row = Mapping[str, Any]
+
+_TEMPLATES = pathlib.Path(__file__).parent / "templates"
+_METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one workdir holds, as it is: the config of an old run need not parse any more."""
+
+    path: pathlib.Path
+    label: str  # starts with the method
+    config: Mapping[str, Any]
+    env: Mapping[str, Any]
+    metrics: tuple[Row, ...] = ()
+    evaluations: tuple[Row, ...] = ()
+    comparison: tuple[Row, ...] = ()
+    benchmarks: tuple[Row, ...] = ()
+    plan: Mapping[str, Any] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        parts = (self.metrics, self.evaluations, self.comparison, self.benchmarks)
+        return sum(len(part) for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A page, the figures on it as PNG by name, and how many rows it was made from."""
+
+    html: str
+    figures: Mapping[str, bytes]
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph; a `hint` says what is missing, and `command` what adds it."""
+
+    text: str
+    command: str = ""
+    kind: str = "text"
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Preformatted text, behind its title when folded."""
+
+    text: str
+    title: str = ""
+    folded: bool = False
+    kind: str = "code"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG on the page."""
+
+    title: str
+    png: bytes
+    scale: float = 0.5  # pixels on the page per pixel of the image
+    kind: str = "picture"
+
+    @property
+    def data(self) -> str:
+        return base64.b64encode(self.png).decode()
+
+    @property
+    def width(self) -> int:
+        return int(struct.unpack(">I", self.png[16:20])[0] * self.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it, in order."""
+
+    title: str
+    blocks: tuple[Any, ...]
+
+
+def gather(workdirs: Sequence[str | pathlib.Path]) -> list[Run]:
+    """Reads workdirs, and behind each one with a comparison the runs that were compared.
+
+    Raises:
+      UserError: no workdirs, or a path that is none.
+    """
+    if not workdirs:
+        raise UserError("which workdir? give at least one")
+    runs = []
+    for path in dict.fromkeys(pathlib.Path(workdir) for workdir in workdirs):
+        run = _read(path)
+        runs.append(run)
+        for method in dict.fromkeys(row["method"] for row in run.comparison):
+            inner = path / method.replace(":", "_")
+            if (inner / "config.json").exists():
+                runs.append(_read(inner))
+    return _labelled(runs)
+
+
+def _read(path: pathlib.Path) -> Run:
+    config = _json(path / "config.json")
+    if config is None:
+        raise UserError(f"{path} is not a workdir: no readable config.json")
+    workdir = Workdir(path)
+    rows = {
+        name: tuple(workdir.rows(f"{name}.jsonl"))
+        for name in ("metrics", "eval", "compare", "benchmark")
+    }
+    mode = config.get("data", {}).get("mode", path.name)
+    return Run(
+        path=path,
+        label=mode,
+        config=config,
+        env=_json(path / "env.json") or {},
+        metrics=rows["metrics"],
+        evaluations=rows["eval"],
+        comparison=rows["compare"],
+        benchmarks=rows["benchmark"],
+        plan=_json(path / "plan.json"),
+    )
+
+
+def _json(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except OSError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return value if isinstance(value, dict) else None
+
+
+def _labelled(runs: Sequence[Run]) -> list[Run]:
+    """Runs of the same method are told apart by their directory."""
+    trained = [run.label for run in runs if run.metrics]
+    return [
+        dataclasses.replace(run, label=f"{run.label} ({run.path.name})")
+        if run.metrics and trained.count(run.label) > 1
+        else run
+        for run in runs
+    ]
+
+
+def build(workdirs: Sequence[str | pathlib.Path]) -> Report:
+    """The page about these workdirs. Raises UserError when one of them is no workdir."""
+    runs = gather(workdirs)
+    figures = {name: plots.png(figure) for name, figure in draw(runs).items()}
+    sections = [
+        _summary(runs),
+        _plan(runs, figures),
+        _training(runs, figures),
+        _quality(runs, figures),
+        _speed(runs, figures),
+        _pictures(runs, figures),
+        *_setting(runs),
+    ]
+    page = _environment().get_template("report.html.jinja")
+    names = ", ".join(run.path.name for run in runs if str(run.path) in map(str, workdirs))
+    html = page.render(
+        title=f"Skim: {names}",
+        subtitle=_subtitle(runs[0]),
+        sections=[section for section in sections if section is not None],
+    )
+    return Report(html, figures, sum(run.num_rows for run in runs))
+
+
+def write(workdirs: Sequence[str | pathlib.Path], save_figures: bool = False) -> dict[str, Any]:
+    """Writes report.html into the first workdir, and each figure into its plots/ when asked.
+
+    Returns the report's path, the figures' paths or their number, and the number of rows.
+    """
+    report = build(workdirs)
+    workdir = Workdir(workdirs[0])
+    workdir.write("report.html", report.html)
+    saved = []
+    if save_figures:
+        folder = workdir.path / "plots"
+        folder.mkdir(exist_ok=True)
+        for name, png in report.figures.items():
+            (folder / f"{name}.png").write_bytes(png)
+            saved.append(str(folder / f"{name}.png"))
+    out: dict[str, Any] = {"report": str(workdir.path / "report.html")}
+    out["figures"] = len(report.figures)
+    out["rows"] = report.rows
+    return out | {"plots": saved} if save_figures else out
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def draw(runs: Sequence[Run]) -> dict[str, Figure]:
+    """Every figure that the rows of these runs allow, by name."""
+    found = {}
+    trained = {run.label: run.metrics for run in runs if run.metrics}
+    if trained:
+        found["loss_by_step"] = plots.loss_by_step(trained)
+        found["loss_by_time"] = plots.loss_by_time(trained)
+    depths = latest([row for run in runs for row in _depths(run)])
+    if depths:
+        found["exact_match"] = plots.exact_match_by_depth(depths)
+    plan = _first_plan(runs)
+    if plan is not None:
+        found["plan"] = plots.costs(plan["modes"])
+    measured = latest(row for run in runs for row in run.benchmarks)
+    if measured:
+        found["speed"] = plots.speed(measured)
+    return found
+
+
+def _depths(run: Run) -> list[Row]:
+    rows = [row for row in run.evaluations if row.get("depth") is not None]
+    return [row for row in rows if row.get("exact_match") is not None]
+
+
+def latest(rows: Sequence[Row] | Any) -> list[Row]:
+    """The last row of each method and depth: a repeated measurement replaces the earlier one."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        found[row.get("method"), row.get("depth")] = row
+    return list(found.values())
+
+
+def _first_plan(runs: Sequence[Run]) -> Mapping[str, Any] | None:
+    return next((run.plan for run in runs if run.plan is not None), None)
+
+
+def _subtitle(run: Run) -> str:
+    env = run.env
+    device = f"{env.get('num_devices', '?')} × {env.get('device', 'unknown device')}"
+    parts = [device, f"commit {env['commit']}" if env.get("commit") else "", env.get("date", "")]
+    return " · ".join(filter(None, parts))
+
+
+def _hint(text: str, command: str) -> Text:
+    return Text(text, command, kind="hint")
+
+
+def _command(run: Run, verb: str, rest: str = "") -> str:
+    return f"python -m experiments.single_pass.{verb} --workdir={run.path}{rest}"
+
+
+def _summary(runs: Sequence[Run]) -> Section | None:
+    blocks: list[Any] = []
+    for run in runs:
+        if run.comparison:
+            measured = compared(run)
+            blocks.append(dataclasses.replace(tables.comparison(measured), title=f"{run.path}"))
+            blocks += [Text(line) for line in _verdict(measured)]
+    if not blocks:
+        blocks = [
+            _hint(
+                "No comparison: what the modes cost on this data, and what quality they reach.",
+                _command(runs[0], "compare", " --modes=tree,n_pass --config=..."),
+            )
+        ]
+    return Section("What it saves, what it costs", tuple(blocks))
+
+
+def compared(run: Run) -> dict[str, dict[str, Any]]:
+    """Per method: what it cost by plan and by measurement, and what quality came out."""
+    out: dict[str, dict[str, Any]] = {}
+    for row in latest(run.comparison):
+        planned = ((run.plan or {}).get("modes") or {}).get(row["method"]) or {}
+        out[row["method"]] = {**planned, **row}
+    return out
+
+
+def _verdict(measured: Mapping[str, Row]) -> list[str]:
+    """The exact match of the first method against the last, with its interval, in a sentence."""
+    names = list(measured)
+    first, last = measured[names[0]], measured[names[-1]]
+    shares = [row.get("exact_match") for row in (first, last)]
+    counts = [row.get("n") for row in (first, last)]
+    if None in shares or None in counts or first is last:
+        return []
+    low, high = plots.difference(shares[0], counts[0], shares[1], counts[1])
+    how = "no difference beyond chance" if low <= 0 <= high else "a difference beyond chance"
+    return [
+        f"Exact match of {names[0]} minus {names[-1]}: {100 * low:+.1f} to {100 * high:+.1f} "
+        f"points (95 % interval over {counts[0]} and {counts[1]} answers): {how}."
+    ]
+
+
+def _plan(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
+    plan = _first_plan(runs)
+    if plan is None:
+        hint = "No plan: tokens, attention pairs and FLOPs of each mode on this data."
+        return Section("Plan", (_hint(hint, _command(runs[0], "plan", " --config=...")),))
+    rows = [{"method": mode, **row} for mode, row in plan["modes"].items() if row is not None]
+    columns = (
+        "method",
+        "tokens",
+        "pairs",
+        "flops",
+        "padded_flops",
+        "rows",
+        "fill",
+        "token_ratio",
+        "predicted_speedup",
+        "padded_speedup",
+        "memory_bytes",
+    )
+    blocks = [
+        Text(
+            f"{plan['conversations']:,} conversations, {plan['samples']:,} trained turns, packed "
+            f"into rows of {plan['seq_len']:,} tokens. Counts alone: nothing was run."
+        ),
+        Picture("Cost of one epoch per mode", figures["plan"]),
+        tables.table(rows, columns=columns),
+    ]
+    blocks += [
+        Text(f"{mode} refuses this data: {why}") for mode, why in plan.get("refused", {}).items()
+    ]
+    return Section("Plan", tuple(blocks))
+
+
+def _training(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
+    trained = [run for run in runs if run.metrics]
+    if not trained:
+        hint = "No metrics.jsonl: nothing was trained here."
+        return Section("Training", (_hint(hint, _command(runs[0], "train", " --config=...")),))
+    rows = []
+    for run in trained:
+        last = {key: run.metrics[-1].get(key) for key in _METRICS}
+        rows.append({"method": run.label, **last, "seconds": plots.elapsed(run.metrics)[-1]})
+    return Section(
+        "Training",
+        (
+            Picture("Loss against optimiser steps", figures["loss_by_step"]),
+            Picture("Loss against time", figures["loss_by_time"]),
+            tables.table(rows, "At the last step"),
+        ),
+    )
+
+
+def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
+    blocks: list[Any] = []
+    if "exact_match" in figures:
+        blocks.append(
+            Picture("Exact match by turn, thoughts dropped from history", figures["exact_match"])
+        )
+    kinds = dict.fromkeys(row.get("kind", "evaluate") for run in runs for row in run.evaluations)
+    for kind in kinds:
+        rows = [
+            row for run in runs for row in run.evaluations if row.get("kind", "evaluate") == kind
+        ]
+        blocks.append(tables.table(latest(rows), f"Rows of {kind}"))
+    if not any(row.get("exact_match") is not None for run in runs for row in run.evaluations):
+        hint = "No evaluation by generation."
+        blocks.append(_hint(hint, _command(runs[0], "evaluate")))
+    return Section("Quality", tuple(blocks))
+
+
+def _speed(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
+    rows = latest(row for run in runs for row in run.benchmarks)
+    if not rows:
+        hint = "No benchmark: step time and memory of the modes beside each other on this device."
+        command = _command(runs[0], "benchmark", " --modes=tree,n_pass --config=...")
+        return Section("Speed", (_hint(hint, command),))
+    return Section(
+        "Speed", (Picture("Medians of alternating steps", figures["speed"]), tables.table(rows))
+    )
+
+
+def _pictures(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section | None:
+    """What other commands left in plots/, such as the picture of a mask."""
+    blocks = []
+    for run in runs:
+        for path in sorted((run.path / "plots").glob("*.png")):
+            if path.stem not in figures:
+                blocks.append(
+                    Picture(f"{run.path.name}: {path.stem}", path.read_bytes(), scale=0.45)
+                )
+    return Section("Pictures", tuple(blocks)) if blocks else None
+
+
+def _setting(runs: Sequence[Run]) -> list[Section]:
+    """Commands, environment and configuration of every run."""
+    commands = dict.fromkeys(run.env["command"] for run in runs if run.env.get("command"))
+    rebuild = f"python -m experiments.report {runs[0].path}"
+    lines = "\n".join(f"$ {command}" for command in (*commands, rebuild))
+    environment = [
+        {"run": run.path.name, **run.env.get("packages", {}), **_plain(run.env)} for run in runs
+    ]
+    configs = [
+        Code(json.dumps(run.config, indent=2), f"{run.path / 'config.json'}", folded=True)
+        for run in runs
+    ]
+    return [
+        Section("Commands", (Code(lines),)),
+        Section("Environment", (_transposed(environment),)),
+        Section("Configuration", tuple(configs)),
+    ]
+
+
+def _plain(env: Mapping[str, Any]) -> dict[str, Any]:
+    skip = ("packages", "command")
+    return {key: value for key, value in env.items() if key not in skip}
+
+
+def _transposed(rows: Sequence[Row]) -> tables.Table:
+    """A line per key, a column per run; columns that say the same become one."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        content = json.dumps({k: v for k, v in row.items() if k not in ("run", "date")})
+        runs.setdefault(content, []).append(row["run"])
+    distinct = [next(row for row in rows if row["run"] == names[0]) for names in runs.values()]
+    keys = dict.fromkeys(key for row in distinct for key in row if key != "run")
+    cells = tuple(
+        (key, *("–" if row.get(key) is None else str(row[key]) for row in distinct)) for key in keys
+    )
+    return tables.Table(("", *(", ".join(names) for names in runs.values())), cells)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to what a command works with: tokenizer, template, model shape, parameters.
+
+What `init_from` names decides the architecture; the config keeps the say over dtype and adapters.
+"""
+
+import dataclasses
+import itertools
+import json
+import operator
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import checkpoint, lora, sharding, train, transformer
+from lm.config import Config, DataConfig, ModelConfig
+from lm.data import arithmetic, sources
+from lm.data.conversations import Conversation
+from lm.errors import UserError
+from lm.hf import weights
+from lm.text import chat, tokenizers
+from lm.workdir import Workdir
+
+VOCAB_MULTIPLE = 128  # tables padded to it divide over devices and fill matrix units
+_ARITHMETIC_SIZE = 2000  # training conversations, unless data.limit says otherwise
+_BPE_SAMPLE = 2000  # conversations that a trained BPE is learned from
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A config with everything resolved that depends on files."""
+
+    requested: Config  # as it was given: what config.json records
+    config: Config  # `model` as it will be built
+    tokenizer: tokenizers.Tokenizer
+    template: chat.ChatTemplate
+    valid_vocab: int | None  # real tokens, when the table is padded beyond them
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def delimiters(self) -> tuple[str, str]:
+        return self.config.data.think_open, self.config.data.think_close
+
+
+def resolve(config: Config, tokenizer_dir: pathlib.Path | None = None) -> Setup:
+    """Reads the tokenizer, the template and the shape of `init_from`; allocates no parameters.
+
+    tokenizer_dir: where an earlier run saved the tokenizer that it trained; it wins over training again.
+    """
+    model, spec = config.model, config.data.tokenizer
+    if config.init_from:
+        model, own = _model_of(pathlib.Path(config.init_from), config.model)
+        spec = own if spec == "auto" else spec
+    tokenizer = _tokenizer(config, "bytes" if spec == "auto" else spec, tokenizer_dir)
+    valid = None
+    if not model.vocab_size:
+        padded = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        model = dataclasses.replace(model, vocab_size=padded)
+        valid = tokenizer.vocab_size if tokenizer.vocab_size != padded else None
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model only {model.vocab_size}: they do not belong together"
+        )
+    template = chat.load_template(config.data.template or None, tokenizer)
+    return Setup(config, dataclasses.replace(config, model=model), tokenizer, template, valid)
+
+
+def _tokenizer(config: Config, spec: str, directory: pathlib.Path | None) -> tokenizers.Tokenizer:
+    if not spec.startswith("bpe:"):
+        return tokenizers.load_tokenizer(spec)
+    if directory is not None and directory.is_dir():
+        return tokenizers.load_tokenizer(str(directory))
+    try:
+        size = int(spec.removeprefix("bpe:"))
+    except ValueError:
+        raise UserError(f"data.tokenizer={spec!r}: bpe:SIZE takes a number") from None
+    source = conversations(config.data)
+    sample = (source[i] for i in range(min(len(source), _BPE_SAMPLE)))
+    messages = itertools.chain.from_iterable(c.messages for c in sample)
+    texts = (text for m in messages for text in (m.thought, m.content) if text)
+    return tokenizers.train_bpe(texts, size)
+
+
+def conversations(data: DataConfig, split: str = "train") -> Sequence[Conversation]:
+    """The conversations of a config by index: "train", "validation" (held out) or "all".
+
+    Arithmetic is endless, so "all" of it is its validation set. Raises UserError and DataError.
+    """
+    whole = split == "all"
+    if data.source == "arithmetic":
+        settings = arithmetic.ArithmeticConfig(
+            min_turns=data.min_turns,
+            max_turns=data.max_turns,
+            max_number=data.max_number,
+            max_operand=data.max_operand,
+            tools=data.tools,
+        )
+        size = (data.limit or _ARITHMETIC_SIZE) if split == "train" else data.eval_conversations
+        held = "train" if split == "train" else "validation"
+        return sources.open_source(sources.ArithmeticData(size, data.seed, held, settings))
+    common = {
+        "on_error": data.on_error,
+        "split": "train" if whole else split,
+        "validation_fraction": 0.0 if whole else data.validation_fraction,
+    }
+    if data.source.startswith("gsm8k:"):
+        path = data.source.removeprefix("gsm8k:")
+        spec = sources.Gsm8kData(path, data.max_turns, data.seed, **common)
+    else:
+        delimiters = (data.think_open, data.think_close)
+        spec = sources.FileData(data.source, delimiters=delimiters, **common)
+    source = sources.open_source(spec)
+    limit = data.eval_conversations if split == "validation" else data.limit
+    return First(source, limit) if limit and limit < len(source) else source
+
+
+@dataclasses.dataclass(frozen=True)
+class First(Sequence[Conversation]):
+    """The first `count` conversations of a source."""
+
+    source: Sequence[Conversation]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Conversation:
+        number = operator.index(index)
+        if not -self.count <= number < self.count:
+            raise IndexError(f"conversation {number} of {self.count}")
+        return self.source[number % self.count]
+
+
+def is_hf(path: pathlib.Path) -> bool:
+    """Whether a directory is a Hugging Face checkpoint rather than a workdir of ours."""
+    try:
+        fields = json.loads((path / "config.json").read_text())
+    except OSError:
+        raise UserError(
+            f"{path}: no readable config.json; neither a checkpoint nor a workdir"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}/config.json: {error}") from None
+    return "architectures" in fields or "model_type" in fields
+
+
+def _model_of(path: pathlib.Path, wanted: ModelConfig) -> tuple[ModelConfig, str]:
+    """The model of a checkpoint with this config's dtype and adapters, and its tokenizer's spec."""
+    if is_hf(path):
+        model, spec = weights.read_config(path), str(path)
+    else:
+        source = Workdir(path)
+        own = resolve(source.config(), source.path / "tokenizer")
+        model, spec = own.model, own.config.data.tokenizer
+        if (path / "tokenizer").is_dir():
+            spec = str(path / "tokenizer")
+    return dataclasses.replace(model, dtype=wanted.dtype, lora=wanted.lora), spec
+
+
+def load_base(setup: Setup) -> transformer.Params | None:
+    """The parameters of `init_from` on the host, without this run's own adapters; None for random ones."""
+    if not setup.config.init_from:
+        return None
+    path = pathlib.Path(setup.config.init_from)
+    if is_hf(path):
+        _, params = weights.load(path)
+        return params
+    return load_workdir(path)[1]
+
+
+def load_workdir(path: pathlib.Path) -> tuple[Setup, transformer.Params]:
+    """The newest checkpoint of a run, adapters merged into the weights."""
+    workdir = Workdir(path)
+    setup = resolve(workdir.config(), workdir.path / "tokenizer")
+    model, params = lora.merge_adapters(setup.model, restored_params(setup, workdir))
+    config = dataclasses.replace(setup.config, model=model)
+    return dataclasses.replace(setup, config=config), params
+
+
+def restored_params(setup: Setup, workdir: Workdir) -> transformer.Params:
+    """All parameters after the newest checkpoint of `workdir`, under `setup`, adapters kept apart."""
+    if not workdir.checkpoints.is_dir():
+        raise UserError(f"{workdir.path} has no checkpoint; train first")
+    optimizer = train.make_optimizer(setup.config.optimizer, 1)
+    abstract = jax.eval_shape(
+        lambda p: train.init_state(p, optimizer, 0, None), abstract_trained(setup.model)
+    )
+    store = checkpoint.Checkpoints(workdir.checkpoints)
+    try:
+        restored = store.restore(abstract)
+    finally:
+        store.close()
+    if restored is None:
+        raise UserError(f"{workdir.path} has no whole checkpoint; train first")
+    frozen = frozen_params(setup, None)
+    return train.merge(restored.state.params, frozen)
+
+
+def abstract_trained(model: ModelConfig) -> transformer.Params:
+    """Shapes of the parameters that training changes."""
+    return train.partition(model, transformer.abstract(model)[1])[0]
+
+
+def trained_params(setup: Setup, mesh: sharding.Sharding | None) -> transformer.Params:
+    """The parameters that training changes, at step 0: float32 masters, placed on the mesh."""
+    return _part(setup, mesh, which=0, dtype="float32")
+
+
+def frozen_params(setup: Setup, mesh: sharding.Sharding | None) -> transformer.Params:
+    """The parameters beside the adapters, in the compute dtype; {} without adapters."""
+    if not setup.model.lora.rank:
+        return {}
+    return _part(setup, mesh, which=1, dtype=setup.model.dtype)
+
+
+def initial_params(setup: Setup) -> transformer.Params:
+    """Every parameter at step 0, float32, on one device: for checks and plans."""
+    return train.merge(_part(setup, None, 0, "float32"), _part(setup, None, 1, "float32"))
+
+
+def _part(setup, mesh, which, dtype):
+    model = setup.model
+    abstract = train.partition(model, transformer.abstract(model)[1])[which]
+    if not abstract:
+        return {}
+    out = None if mesh is None else mesh.params(abstract)
+    base = load_base(setup) if which == 1 or not model.lora.rank else None
+    if base is None:
+        # init_from adds the adapters it lacks; jit drops whatever is not returned
+        def build(key):
+            part = train.partition(model, transformer.init(model, key))[which]
+            return jax.tree.map(lambda x: x.astype(dtype), part)
+
+        return jax.jit(build, out_shardings=out)(jax.random.key(setup.config.train.seed))
+    _check_tree(base, abstract, setup.config.init_from)
+    cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), base)
+    return cast if out is None else jax.device_put(cast, out)
+
+
+def _check_tree(base: transformer.Params, abstract: transformer.Params, where: str) -> None:
+    try:
+        checkpoint.check_shapes(base, abstract, pathlib.Path(where))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error

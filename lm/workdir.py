@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's directory: config.json, env.json, metrics.jsonl, eval.jsonl, checkpoints/, plots/, report.html."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+from absl import logging
+from tensorboardX import SummaryWriter
+
+from lm.config import Config, freeze, to_dict
+from lm.errors import RunError, UserError
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Workdir:
+    """Paths and append-only records of one run. Only process 0 writes."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self._board: SummaryWriter | None = None
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    def create(self, config: Config) -> None:
+        """Makes the directory; says what differs from an earlier run in it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "plots").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create workdir {self.path}: {error.strerror}") from error
+        if not jax.process_index() and (self.path / "config.json").exists():
+            _log_differences(to_dict(self.config()), to_dict(config))
+
+    def record(self, config: Config) -> None:
+        """Writes config.json and env.json: once it is sure that this config can run here."""
+        if jax.process_index():
+            return
+        self.write("config.json", json.dumps(to_dict(config), indent=2) + "\n")
+        self.write("env.json", json.dumps(environment(), indent=2) + "\n")
+
+    def config(self) -> Config:
+        """The config of the run that made this directory."""
+        try:
+            return freeze(json.loads((self.path / "config.json").read_text()))
+        except OSError as error:
+            raise UserError(f"{self.path} is not a workdir: no readable config.json") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path}/config.json: {error}") from error
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a whole file, atomically."""
+        target = self.path / name
+        partial = target.with_name(target.name + ".partial")
+        try:
+            partial.write_text(text)
+            partial.replace(target)
+        except OSError as error:
+            raise RunError(f"cannot write {target}: {error.strerror}") from error
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Appends one JSON line to metrics.jsonl, eval.jsonl or benchmark.jsonl."""
+        if jax.process_index():
+            return
+        target = self.path / name
+        try:
+            with target.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {target}: {error.strerror}") from error
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The JSON lines of a file; a line cut short by a kill is dropped with a message."""
+        target = self.path / name
+        if not target.exists():
+            return []
+        rows = []
+        for number, line in enumerate(target.read_text().splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                logging.warning("%s:%d: incomplete line ignored", target, number)
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops rows past `step`, so that a resumed run writes them again and once only."""
+        rows = self.rows("metrics.jsonl")
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) != len(rows):
+            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """A row of metrics.jsonl and the same TensorBoard scalars."""
+        if jax.process_index():
+            return
+        self.append("metrics.jsonl", {"step": step, **values})
+        try:
+            if self._board is None:
+                self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            raise RunError(f"cannot write {self.path}/tensorboard: {error.strerror}") from error
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, devices and date: what a result needs to be understood later."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "commit": commit(),
+        "backend": devices[0].platform,
+        "device": devices[0].device_kind,
+        "num_devices": len(devices),
+        "num_processes": jax.process_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """The short git hash of this code, with "+" when the tree has changes; None outside a checkout."""
+    root = pathlib.Path(__file__).parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return out.stdout.strip()
+
+
+def _log_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> None:
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            _log_differences(before, after, f"{prefix}{key}.")
+        elif json.dumps(before) != json.dumps(after):
+            logging.warning(
+                "config changed since the last run: %s%s: %r -> %r", prefix, key, before, after
+            )
