@@ -180,7 +180,7 @@ class _Renderer:
     ) -> tuple[str, str]:
         """The prompt of the last message, and the rendering that includes it."""
         shown = [
-            _as_dict(message, keep, inline, self._delimiters)
+            as_dict(message, keep, inline, self._delimiters)
             for message, keep in zip(messages, kept, strict=True)
         ]
         tools = self._conversation.tools
@@ -261,9 +261,10 @@ def _say_once(key: tuple[str, ...], text: str) -> None:
         logging.warning("%s", text)
 
 
-def _as_dict(
+def as_dict(
     message: Message, keep: bool, inline: bool, delimiters: tuple[str, str]
 ) -> dict[str, Any]:
+    """A message as the template gets it; `inline` puts a kept thought into the content."""
     if not (inline and keep and message.thought is not None):
         return message.to_dict(with_thought=keep)
     shown = message.to_dict(with_thought=False)
@@ -340,7 +341,7 @@ def spans(rendering: Rendering) -> list[Span]:
                 for call in message.tool_calls
             ),
         )
-        shown.append(_as_dict(marked, keep, rendering.inline, rendering.delimiters))
+        shown.append(as_dict(marked, keep, rendering.inline, rendering.delimiters))
     text = rendering.prompt + rendering.completion
     try:
         whole = rendering.template.render(shown, add_generation_prompt=False, tools=rendering.tools)
