@@ -71,6 +71,9 @@ _PRODUCT = re.compile(r"\s*(-?\d{1,18})\s*([-+*])\s*(-?\d{1,18})\s*")
 class ArithmeticConfig:
     """What the conversations are made of; every number that occurs lies in 0..max_number.
 
+    The defaults are meant for a model of a million parameters and minutes of training on a CPU: the
+    range of numbers matters most, then two steps, references and wordings.
+
     max_operand: the largest number that a step adds or subtracts.
     two_steps: share of the turns after the first that ask for two steps.
     recall: share of the turns after the second that name an earlier answer ("the first answer").
@@ -80,11 +83,11 @@ class ArithmeticConfig:
 
     min_turns: int = 2
     max_turns: int = 4
-    max_number: int = 99
+    max_number: int = 20
     max_operand: int = 9
-    two_steps: float = 0.25
-    recall: float = 0.25
-    phrasings: int = 2
+    two_steps: float = 0.0
+    recall: float = 0.1
+    phrasings: int = 1
     tools: bool = False
     tool_rate: float = 0.3
 

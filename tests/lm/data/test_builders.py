@@ -95,7 +95,7 @@ def test_options_and_content_name_the_directory(tmp_path):
     def made(**options):
         return builders.ArithmeticChat(data_dir=tmp_path, **options).data_dir
 
-    settings = arithmetic.ArithmeticConfig(phrasings=1)
+    settings = arithmetic.ArithmeticConfig(phrasings=3)
     assert len({made(size=1), made(size=2), made(size=1, seed=1), made(size=1, split="validation"),
                 made(size=1, settings=settings)}) == 5  # fmt: skip
 
