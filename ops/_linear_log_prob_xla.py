@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ops import dispatch
 from ops._linear_log_prob_reference import (
     combine,
     countable,
@@ -23,7 +24,7 @@ from ops._linear_log_prob_reference import (
 )
 from ops._varying import common_varying, varying_like
 
-_LOGIT_BYTES = 256 << 20
+_LOGIT_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20, "tpu": 256 << 20}
 _FEWEST_ROWS = 128
 
 
@@ -64,10 +65,15 @@ def linear_log_prob(
     return log_prob if weights is None else (weighted_total(weights, log_prob), log_prob)
 
 
+def logit_bytes() -> int:
+    """How much the float32 logits of a chunk may take."""
+    return _LOGIT_BYTES.get(dispatch.current_platform(), _LOGIT_BYTES["cpu"])
+
+
 def chunk_rows(num_rows: int, vocab: int) -> int:
-    """Rows whose float32 logits take about 256 MiB, at least 128, cut so that chunks are nearly
-    equal."""
-    most = max(_FEWEST_ROWS, _LOGIT_BYTES // (4 * vocab))
+    """Rows whose logits take `logit_bytes()` at most, but at least 128, cut so that chunks are
+    nearly equal."""
+    most = max(_FEWEST_ROWS, logit_bytes() // (4 * vocab))
     number = -(-num_rows // most)
     even = -(-num_rows // number)
     return even if number == 1 else -(-even // 8) * 8

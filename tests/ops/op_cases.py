@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks that the ops are tested under, and what they mean spelt out in loops."""
 
+import math
 from functools import partial
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from ops.visibility import Visibility
 
@@ -24,12 +27,22 @@ def visibility(name: str, batch: int, length: int, seed: int = 0) -> Visibility:
     return Visibility(*(jnp.asarray(np.asarray(x, np.int32)) for x in vectors))
 
 
+# Every drawn shape is a compilation: a failing case is shown as drawn, without shrinking.
+DRAW_ONLY = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+
 # Programs of tests run once: compiling them fast matters more than how they run.
 COMPILER_OPTIONS = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
 jit = partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+
+
+def cpu_mesh(**axes: int) -> jax.sharding.Mesh:
+    """A mesh of the CPU devices that conftest makes, also where the default backend is another."""
+    devices = jax.devices("cpu")[: math.prod(axes.values())]
+    types = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=types, devices=devices)
 
 
 def _vectors(name: str, batch: int, length: int, rng: np.random.Generator) -> tuple:

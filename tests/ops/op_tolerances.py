@@ -13,10 +13,9 @@ import numpy as np
 RELATIVE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
 
 
-def assert_close(actual, expected, dtype, scale: float = 1.0) -> None:
-    """Compares pytrees of arrays; `scale` is for tests that sum many rounded terms, and has to be
-    explained."""
-    tolerance = scale * RELATIVE[np.dtype(dtype).name]
+def assert_close(actual, expected, dtype) -> None:
+    """Compares pytrees of arrays computed from inputs of type `dtype`."""
+    tolerance = RELATIVE[np.dtype(dtype).name]
     paths = jax.tree_util.tree_leaves_with_path(expected)
     leaves = jax.tree.leaves(actual)
     assert len(leaves) == len(paths)

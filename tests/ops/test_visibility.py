@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from op_cases import MASKS, dense, jit, visibility
+from op_cases import DRAW_ONLY, MASKS, dense, jit, visibility
 
 from ops import block_table as block_tables
 from ops.visibility import Visibility
@@ -108,7 +108,7 @@ def test_full_blocks_are_found():
     np.testing.assert_array_equal(table[0], np.tril(np.full((4, 4), 2), -1) + np.eye(4))
 
 
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60, deadline=None, phases=DRAW_ONLY)
 @hypothesis.given(st.data())
 def test_block_table_on_drawn_vectors(data):
     sizes = st.sampled_from([(1, 1, 1, 1), (11, 11, 3, 4), (13, 6, 4, 3), (8, 14, 5, 16)])

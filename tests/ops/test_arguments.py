@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No argument is silently ignored, by any implementation of any op.
+
+Each argument is changed in turn. The reference has to notice (otherwise the change proves nothing),
+and the implementation has to give what the reference gives before and after.
+"""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from op_cases import arrays, cpu_mesh, jit, visibility
+from op_tolerances import assert_close
+
+from ops.cached_attention import cached_attention
+from ops.linear_log_prob import linear_log_prob
+from ops.masked_attention import masked_attention
+
+STATIC = ("scale", "return_lse", "softcap", "valid_vocab", "vocab_axis", "implementation")
+
+
+def attention_arguments():
+    q, k, v = arrays(0, (2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8))
+    return {"q": q, "k": k, "v": v, "visibility": visibility("hidden", 2, 10)}
+
+
+def attention_changes():
+    q, k, v = arrays(1, (2, 10, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8))
+    mask = visibility("hidden", 2, 10)
+    fields = {
+        "until": mask.until.at[:, 0].set(3),
+        "hidden_from": mask.hidden_from + 1,
+        "hidden_until": mask.hidden_until - 1,
+        "row_offset": mask.row_offset - 2,
+    }
+    for field, value in fields.items():
+        yield "visibility", dataclasses.replace(mask, **{field: value})
+    yield from (("q", q), ("k", k), ("v", v), ("scale", 1.5), ("return_lse", True))
+
+
+def log_prob_arguments():
+    x, w = arrays(0, (12, 6), (20, 6))
+    targets = jnp.asarray(np.arange(12) % 7, jnp.int32)
+    return {"x": x, "w": w, "targets": targets}
+
+
+def log_prob_changes():
+    x, w = arrays(1, (12, 6), (20, 6))
+    yield from (("x", x), ("w", w), ("targets", jnp.arange(12, dtype=jnp.int32)))
+    yield from (("targets", jnp.full((12,), -1, jnp.int32)), ("weights", jnp.arange(12.0)))
+    yield from (("softcap", 1.5), ("valid_vocab", 9))
+
+
+def cache_arguments():
+    q, k, v = arrays(0, (2, 3, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8))
+    return {"q": q, "k": k, "v": v, "lengths": jnp.array([10, 5], jnp.int32)}
+
+
+def cache_changes():
+    q, k, v = arrays(1, (2, 3, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8))
+    yield from (("q", q), ("k", k), ("v", v), ("lengths", jnp.array([9, 5], jnp.int32)))
+    yield from (("scale", 1.5), ("return_lse", True))
+
+
+OPS = {
+    masked_attention: (attention_arguments, attention_changes, ("xla",)),
+    linear_log_prob: (log_prob_arguments, log_prob_changes, ("xla",)),
+    cached_attention: (cache_arguments, cache_changes, ("xla",)),
+}
+
+
+def call(op, implementation, arguments):
+    arrays = {name: value for name, value in arguments.items() if name not in STATIC}
+    static = {name: value for name, value in arguments.items() if name in STATIC}
+    return jit(lambda a: op(**a, **static, implementation=implementation))(arrays)
+
+
+def moved(before, after) -> bool:
+    before, after = jax.tree.leaves(before), jax.tree.leaves(after)
+    if [x.shape for x in before] != [x.shape for x in after]:
+        return True
+    return any(np.abs(a - b).max() > 1e-3 for a, b in zip(before, after, strict=True))
+
+
+CASES = [
+    pytest.param(
+        op, name, index, implementation, id=f"{op.__name__}-{name}-{index}-{implementation}"
+    )
+    for op, (_, changes, implementations) in OPS.items()
+    for index, (name, _) in enumerate(changes())
+    for implementation in implementations
+]
+
+
+@pytest.mark.parametrize(("op", "name", "index", "implementation"), CASES)
+def test_every_argument_is_used(op, name, index, implementation):
+    arguments, changes, _ = OPS[op]
+    before = arguments()
+    after = {**before, name: list(changes())[index][1]}
+    expected = call(op, "reference", after)
+    assert moved(call(op, "reference", before), expected)
+    assert_close(call(op, implementation, after), expected, "float32")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_argument_is_in_the_table(op):
+    """`implementation` has its own tests; `vocab_axis` needs a mesh and is changed below."""
+    changed = {name for name, _ in OPS[op][1]()} | {"implementation", "vocab_axis"}
+    assert set(inspect.signature(op).parameters) <= changed
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_vocab_axis_is_used(implementation):
+    """Without it a device would take its slice of w for the whole vocabulary."""
+    arguments = log_prob_arguments()
+    mesh = cpu_mesh(vocab=2)
+
+    def split(vocab_axis):
+        def local(x, w, targets):
+            out = linear_log_prob(
+                x, w, targets, vocab_axis=vocab_axis, implementation=implementation
+            )
+            return out if vocab_axis else jax.lax.pmean(out, "vocab")
+
+        specs = {"in_specs": (P(), P("vocab"), P()), "out_specs": P()}
+        return jit(jax.shard_map(local, mesh=mesh, **specs))(*arguments.values())
+
+    whole = call(linear_log_prob, "reference", arguments)
+    assert_close(split("vocab"), whole, "float32")
+    assert moved(split(None), whole)
