@@ -34,6 +34,7 @@ from ml_collections import config_flags
 
 from lm.config import Config, freeze
 from lm.errors import RunError, UserError
+from ops.dispatch import Unsupported
 
 FLAGS = flags.FLAGS
 
@@ -96,7 +97,7 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
         except CheckFailed as error:
             _print(error.result)
             _exit(1, f"check failed: {error}")
-        except UserError as error:
+        except (UserError, Unsupported) as error:
             _exit(2, str(error))
         except RunError as error:
             _exit(1, str(error))

@@ -40,13 +40,19 @@ class Timing:
     prefill: float  # until the first token of every sequence
     steps: np.ndarray  # [n] per decode step, each giving every unfinished sequence a token
 
-    def summary(self) -> dict[str, float]:
-        """Milliseconds: `prefill_ms`, `token_ms_p50`, `token_ms_p95` (NaN: one token each)."""
+    def summary(self, sequences: int) -> dict[str, float]:
+        """`prefill_ms`, `token_ms_p50` and `token_ms_p95` (NaN for a single token), and throughput.
+
+        `tokens_per_s` counts those of all `sequences` of the batch, prefill included.
+        """
         p50, p95 = np.percentile(self.steps, [50, 95]) if len(self.steps) else (np.nan, np.nan)
+        seconds = self.prefill + float(self.steps.sum())
         return {
             "prefill_ms": 1e3 * self.prefill,
             "token_ms_p50": 1e3 * float(p50),
             "token_ms_p95": 1e3 * float(p95),
+            "tokens_per_s": sequences * (1 + len(self.steps)) / seconds,
+            "sequences": sequences,
         }
 
 

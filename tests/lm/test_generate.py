@@ -15,7 +15,7 @@ from lm.errors import UserError
 from ops.visibility import Visibility
 
 TINY = ModelConfig(
-    vocab_size=61,
+    vocab_size=64,
     num_layers=2,
     embed_dim=32,
     num_heads=4,
@@ -24,37 +24,46 @@ TINY = ModelConfig(
     mlp_dim=48,
 )
 MODELS = {
-    "gqa": TINY,
-    "llama3": dataclasses.replace(
+    "gqa_llama3": dataclasses.replace(
         TINY, rope_scaling=RopeScaling("llama3", 4.0, original_max_positions=16)
     ),
-    "yarn_qk_norm_tied": dataclasses.replace(
+    "mqa_qk_norm_tied_yarn": dataclasses.replace(
         TINY,
+        num_kv_heads=1,
         qk_norm=True,
         tied_embeddings=True,
         rope_scaling=RopeScaling("yarn", 4.0, original_max_positions=16),
     ),
-    "mqa_softcap_bias": dataclasses.replace(
-        TINY, num_kv_heads=1, qkv_bias=True, logit_softcap=5.0, activation="gelu_tanh"
-    ),
-    "mha_gemma": dataclasses.replace(
-        TINY, num_kv_heads=4, norm_plus_one=True, scale_embeddings=True
+    "mha_bias_softcap_gemma": dataclasses.replace(
+        TINY,
+        num_kv_heads=4,
+        qkv_bias=True,
+        logit_softcap=5.0,
+        activation="gelu_tanh",
+        norm_plus_one=True,
+        scale_embeddings=True,
     ),
 }
+# Most tests run three or four prompts of up to 32 tokens, so that they share compiled programs.
 GREEDY = SamplingConfig(max_new_tokens=12)
-DRAWN = SamplingConfig(temperature=1.5, top_k=40, top_p=0.95, max_new_tokens=12)
+DRAWN = SamplingConfig(temperature=1.5, max_new_tokens=12)
 
 
 @functools.cache
 def params_of(config: ModelConfig) -> transformer.Params:
     """Larger than a real initialisation, so that greedy continuations differ and do not loop."""
-    params = jax.jit(functools.partial(transformer.init, config))(jax.random.key(0))
-    return jax.tree.map(lambda x: x * 2.0 if x.ndim > 2 else x, params)
+    rng = np.random.default_rng(0)
+
+    def leaf(x):
+        scale = 1.0 if x.ndim < 3 else 2.0 / np.sqrt(config.embed_dim)
+        return jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32)
+
+    return jax.tree.map(leaf, transformer.abstract(config)[1])
 
 
-def prompts_of(lengths, vocab: int = 61) -> list[np.ndarray]:
+def prompts_of(lengths) -> list[np.ndarray]:
     rng = np.random.default_rng(sum(lengths))
-    return [rng.integers(0, vocab, n).astype(np.int32) for n in lengths]
+    return [rng.integers(0, 64, n).astype(np.int32) for n in lengths]
 
 
 def run(prompts, sampling=GREEDY, stops=(), config=TINY, seed=1, **kwargs):
@@ -107,7 +116,7 @@ def test_every_step_equals_a_full_forward_pass(config):
 
 
 def test_greedy_equals_repeated_full_passes():
-    params, prompts = params_of(TINY), prompts_of([3, 19])
+    params, prompts = params_of(TINY), prompts_of([3, 19, 2])
     for prompt, got in zip(prompts, run(prompts), strict=True):
         tokens, log_probs = prompt.tolist(), []
         for _ in range(GREEDY.max_new_tokens):
@@ -120,27 +129,27 @@ def test_greedy_equals_repeated_full_passes():
         assert not got.stopped
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_ragged_batch_equals_each_prompt_alone(sampling):
-    prompts = prompts_of([1, 40, 16, 17, 33])
-    together = tokens_of(run(prompts, sampling))
-    alone = [tokens_of(run([p], sampling, indices=[i]))[0] for i, p in enumerate(prompts)]
-    assert together == alone
+def test_ragged_batch_equals_each_prompt_alone():
+    prompts = prompts_of([1, 31, 16, 17])
+    together = tokens_of(run(prompts))
+    assert together == [tokens_of(run([prompt]))[0] for prompt in prompts]
     assert len({tuple(tokens) for tokens in together}) == len(prompts)
 
 
 def test_draws_depend_on_key_and_index_only():
-    prompt = prompts_of([9])[0]
+    prompt = prompts_of([19])[0]
     same = tokens_of(run([prompt] * 3, DRAWN))
-    assert same[0] != same[1] != same[2]
+    assert len({tuple(tokens) for tokens in same}) == 3
     assert tokens_of(run([prompt] * 3, DRAWN)) == same
     assert tokens_of(run([prompt], DRAWN, indices=[2])) == same[2:]
+    others = prompts_of([30, 4])
+    assert tokens_of(run([*others, prompt], DRAWN))[2] == same[2]
     assert tokens_of(run([prompt] * 3, DRAWN, seed=2)) != same
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 12, 100])
 def test_stream_concatenates_to_generate(chunk):
-    prompts = prompts_of([5, 30])
+    prompts = prompts_of([5, 30, 8])
     whole = run(prompts, DRAWN)
     stop = int(whole[0].tokens[6])
     whole = run(prompts, DRAWN, [stop])
@@ -163,40 +172,37 @@ def test_stop_tokens_end_a_sequence_and_are_not_part_of_it():
     prompts = prompts_of([4, 11, 23])
     free = tokens_of(run(prompts))
     stop = free[1][5]
-    got = run(prompts, stops=[60, stop])
+    got = run(prompts, stops=[63, stop])
     for sequence, generation in zip(free, got, strict=True):
-        ends = [i for i, token in enumerate(sequence) if token in (stop, 60)]
+        ends = [i for i, token in enumerate(sequence) if token in (stop, 63)]
         cut = ends[0] if ends else len(sequence)
         assert generation.tokens.tolist() == sequence[:cut]
         assert generation.stopped == bool(ends)
     assert got[1].stopped
-    # the very first token may stop: nothing is left then
-    first = run(prompts, stops=[sequence[0] for sequence in free])
-    assert [len(g.tokens) for g in first] == [0, 0, 0]
-    assert all(g.stopped for g in first)
 
 
 def test_the_loop_ends_when_all_are_done():
-    prompts = prompts_of([4, 11])
-    sampling = dataclasses.replace(GREEDY, max_new_tokens=1000)
-    pieces = generate.stream(
-        TINY, params_of(TINY), prompts, sampling, range(61), jax.random.key(0), chunk=500
+    prompts = prompts_of([4, 11, 23])
+    stops = [generation.tokens[0] for generation in run(prompts)]
+    pieces = list(
+        generate.stream(TINY, params_of(TINY), prompts, GREEDY, stops, jax.random.key(0), chunk=1)
     )
-    assert len(list(pieces)) == 1
+    assert len(pieces) == 1
+    assert [len(g.tokens) for g in pieces[0]] == [0, 0, 0]
+    assert all(g.stopped for g in pieces[0])
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():
-    params = params_of(TINY)
-    # without the limit the last ids would win: their rows point where the others do, but further
+    params, prompts = params_of(TINY), prompts_of([6, 7, 20])
+    # the last ids would often win: their rows are longer
     table = params["unembed"]["table"].at[50:].multiply(30.0)
-    params = params | {"unembed": {"table": table}}
-    prompts = prompts_of([6, 7])
-    for sampling in (GREEDY, DRAWN):
-        arguments = (TINY, params, prompts, sampling, (), jax.random.key(0))
-        assert max(max(t) for t in tokens_of(generate.generate(*arguments))) >= 50
-        limited = generate.generate(*arguments, valid_vocab=50)
-        assert max(max(t) for t in tokens_of(limited)) < 50
-        assert all(np.isfinite(g.log_probs).all() for g in limited)
+    arguments = (TINY, params | {"unembed": {"table": table}}, prompts, GREEDY, ())
+    free = generate.generate(*arguments, jax.random.key(0))
+    assert max(map(max, tokens_of(free))) >= 50
+    limited = generate.generate(*arguments, jax.random.key(0), valid_vocab=50)
+    assert max(map(max, tokens_of(limited))) < 50
+    for generation in limited:
+        assert np.all(generation.log_probs > -30)  # normalised over the real tokens
 
 
 def test_lengths_share_programs(monkeypatch):
@@ -224,38 +230,40 @@ def test_buckets():
 
 
 def test_implementations_agree():
-    prompts = prompts_of([13, 30])
-    assert tokens_of(run(prompts, implementation="reference")) == tokens_of(
-        run(prompts, implementation="xla")
-    )
+    prompts = prompts_of([13, 30, 1])
+    assert tokens_of(run(prompts, implementation="reference")) == tokens_of(run(prompts))
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2)])
-def test_four_devices_equal_one(mesh):
-    config = dataclasses.replace(TINY, vocab_size=64)
-    prompts = prompts_of([3, 20, 9, 31, 2])
-    split = sharding.make(mesh, config)
-    params = params_of(config)
+def test_four_devices_equal_one():
+    prompts = prompts_of([3, 20, 31])
+    split = sharding.make(MeshConfig(fsdp=2, tensor=2), TINY)
+    params = params_of(TINY)
     placed = jax.device_put(params, split.params(params))
-    one = generate.generate(config, params, prompts, DRAWN, [7], jax.random.key(3))
-    four = generate.generate(config, placed, prompts, DRAWN, [7], jax.random.key(3), sharding=split)
+    one = run(prompts, DRAWN, [7], seed=3)
+    four = generate.generate(TINY, placed, prompts, DRAWN, [7], jax.random.key(3), sharding=split)
     assert tokens_of(one) == tokens_of(four)
     assert [g.stopped for g in one] == [g.stopped for g in four]
 
 
 def test_bfloat16_from_float32_parameters():
     config = dataclasses.replace(TINY, dtype="bfloat16")
-    got = run(prompts_of([5, 8]), config=config)
+    prompts = prompts_of([5, 8, 30])
+    got = run(prompts, config=config)
     cast = generate.prepare(config, params_of(config))
-    again = generate.generate(config, cast, prompts_of([5, 8]), GREEDY, (), jax.random.key(1))
+    assert {x.dtype for x in jax.tree.leaves(cast)} == {jnp.dtype("bfloat16")}
+    again = generate.generate(config, cast, prompts, GREEDY, (), jax.random.key(1))
     assert tokens_of(got) == tokens_of(again)
 
 
 def test_measure():
-    timing = generate.measure(TINY, params_of(TINY), prompts_of([5, 8]), GREEDY, jax.random.key(0))
+    timing = generate.measure(
+        TINY, params_of(TINY), prompts_of([5, 8, 30]), GREEDY, jax.random.key(0)
+    )
     assert timing.prefill > 0
     assert len(timing.steps) == GREEDY.max_new_tokens - 1
-    summary = timing.summary()
+    summary = timing.summary(3)
+    seconds = timing.prefill + timing.steps.sum()
+    assert summary["tokens_per_s"] == pytest.approx(3 * GREEDY.max_new_tokens / seconds)
     assert 0 < summary["token_ms_p50"] <= summary["token_ms_p95"]
 
 
@@ -277,5 +285,5 @@ def test_refusals():
 
 
 def test_a_full_cache_is_enough():
-    prompts = prompts_of([20, 3])
+    prompts = prompts_of([20, 3, 7])
     assert tokens_of(run(prompts, capacity=32)) == tokens_of(run(prompts))
