@@ -7,6 +7,7 @@ The page is self-contained and goes into the first workdir; a comparison's runs 
 themselves. The last line is {"report": path, "figures": n, "rows": n}.
 """
 
+import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,9 @@ WORKDIR = flags.DEFINE_multi_string("workdir", [], "a workdir; may be given seve
 
 
 def main() -> dict[str, object]:
-    return report.write(WORKDIR.value)
+    made = report.write(WORKDIR.value)
+    path = pathlib.Path(WORKDIR.value[0]) / "report.html"
+    return {"report": str(path), "figures": len(made.figures), "rows": made.rows}
 
 
 def as_flags(arguments: Sequence[str]) -> list[str]:

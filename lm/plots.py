@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 
+DPI = 130
+
 _COLOURS = {
     "tree": "#0072B2",
     "n_pass": "#D55E00",
@@ -55,7 +57,7 @@ def colour(method: str) -> str:
     return _COLOURS.get(name) or _OTHERS[sum(name.encode()) % len(_OTHERS)]
 
 
-def png(figure: Figure, dpi: int = 130) -> bytes:
+def png(figure: Figure, dpi: int = DPI) -> bytes:
     """The figure as a PNG without a date, so that the same rows give the same bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(_STYLE):
@@ -269,23 +271,34 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 def _label_ends(axes: Axes, labels: Sequence[str], containers: bool = False) -> None:
     """Writes each line's name at its right end, apart from each other where lines end together."""
+    axes.figure.draw_without_rendering()  # settles the layout, which places are measured in
     lines = [c.lines[0] for c in axes.containers] if containers else axes.lines
     ends = []
     for line, label in zip(lines, labels, strict=True):
         x, y = line.get_xdata()[-1], line.get_ydata()[-1]
-        ends.append((axes.transData.transform((x, y))[1], x, y, label))
-    ends.sort()
-    gap = 13 * axes.figure.dpi / 72  # pixels between two names
+        ends.append((*axes.transData.transform((x, y)), (x, y), label))
+    ends.sort(key=lambda end: end[0])
+    groups: list[list[Any]] = []  # of names that could meet
+    for end in ends:
+        together = groups and end[0] - groups[-1][-1][0] < 0.15 * axes.bbox.width
+        groups[-1].append(end) if together else groups.append([end])
+    for group in groups:
+        _label_group(axes, sorted(group, key=lambda end: end[1]))
+
+
+def _label_group(axes: Axes, ends: Sequence[Any]) -> None:
+    """Names from the lowest end to the highest, in one column with room for each."""
+    points = 72 / axes.figure.dpi  # per pixel
     heights: list[float] = []
-    for pixel, *_ in ends:
-        heights.append(max(pixel, heights[-1] + gap) if heights else pixel)
-    shift = sum(h - e[0] for h, e in zip(heights, ends, strict=True)) / max(len(ends), 1)
-    right = max((x for _, x, _, _ in ends), default=0)
-    for height, (pixel, _, y, label) in zip(heights, ends, strict=True):
+    for _, up, *_ in ends:
+        heights.append(max(up, heights[-1] + 13 / points) if heights else up)
+    shift = sum(heights) / len(heights) - sum(end[1] for end in ends) / len(ends)
+    right = max(end[0] for end in ends)
+    for height, (across, up, place, label) in zip(heights, ends, strict=True):
         axes.annotate(
             label,
-            (right, y),
-            (7, (height - shift - pixel) * 72 / axes.figure.dpi),
+            place,
+            ((right - across) * points + 8, (height - shift - up) * points),
             textcoords="offset points",
             color=colour(label),
             va="center",

@@ -24,6 +24,14 @@ from lm.workdir import Workdir
 Row = Mapping[str, Any]
 
 _TEMPLATES = pathlib.Path(__file__).parent / "templates"
+_FILES = (
+    "config.json",
+    "plan.json",
+    "metrics.jsonl",
+    "eval.jsonl",
+    "compare.jsonl",
+    "benchmark.jsonl",
+)
 _METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
 
 
@@ -81,7 +89,7 @@ class Picture:
 
     title: str
     png: bytes
-    scale: float = 0.5  # pixels on the page per pixel of the image
+    scale: float = 96 / plots.DPI  # pixels on the page per pixel of the image
     kind: str = "picture"
 
     @property
@@ -115,24 +123,23 @@ def gather(workdirs: Sequence[str | pathlib.Path]) -> list[Run]:
         runs.append(run)
         for method in dict.fromkeys(row["method"] for row in run.comparison):
             inner = path / method.replace(":", "_")
-            if (inner / "config.json").exists():
-                runs.append(_read(inner))
+            if inner.is_dir():
+                runs.append(_read(inner, method))
     return _labelled(runs)
 
 
-def _read(path: pathlib.Path) -> Run:
-    config = _json(path / "config.json")
-    if config is None:
-        raise UserError(f"{path} is not a workdir: no readable config.json")
+def _read(path: pathlib.Path, method: str | None = None) -> Run:
+    if not any((path / name).is_file() for name in _FILES):
+        raise UserError(f"{path} is not a workdir: it holds none of {', '.join(_FILES)}")
+    config = _json(path / "config.json") or {}
     workdir = Workdir(path)
     rows = {
         name: tuple(workdir.rows(f"{name}.jsonl"))
         for name in ("metrics", "eval", "compare", "benchmark")
     }
-    mode = config.get("data", {}).get("mode", path.name)
     return Run(
         path=path,
-        label=mode,
+        label=method or config.get("data", {}).get("mode", path.name),
         config=config,
         env=_json(path / "env.json") or {},
         metrics=rows["metrics"],
@@ -178,7 +185,7 @@ def build(workdirs: Sequence[str | pathlib.Path]) -> Report:
         *_setting(runs),
     ]
     page = _environment().get_template("report.html.jinja")
-    names = ", ".join(run.path.name for run in runs if str(run.path) in map(str, workdirs))
+    names = ", ".join(path.resolve().name for path in _given(runs))
     html = page.render(
         title=f"Skim: {names}",
         subtitle=_subtitle(runs[0]),
@@ -187,25 +194,22 @@ def build(workdirs: Sequence[str | pathlib.Path]) -> Report:
     return Report(html, figures, sum(run.num_rows for run in runs))
 
 
-def write(workdirs: Sequence[str | pathlib.Path], save_figures: bool = False) -> dict[str, Any]:
-    """Writes report.html into the first workdir, and each figure into its plots/ when asked.
-
-    Returns the report's path, the figures' paths or their number, and the number of rows.
-    """
+def write(workdirs: Sequence[str | pathlib.Path], folder: str | pathlib.Path = "") -> Report:
+    """Builds the page and writes report.html into `folder`, by default the first workdir."""
     report = build(workdirs)
-    workdir = Workdir(workdirs[0])
-    workdir.write("report.html", report.html)
+    Workdir(folder or workdirs[0]).write("report.html", report.html)
+    return report
+
+
+def save_figures(report: Report, folder: str | pathlib.Path) -> list[str]:
+    """Writes every figure of the page as `folder`/plots/NAME.png; returns the paths."""
+    plots_folder = pathlib.Path(folder) / "plots"
+    plots_folder.mkdir(exist_ok=True)
     saved = []
-    if save_figures:
-        folder = workdir.path / "plots"
-        folder.mkdir(exist_ok=True)
-        for name, png in report.figures.items():
-            (folder / f"{name}.png").write_bytes(png)
-            saved.append(str(folder / f"{name}.png"))
-    out: dict[str, Any] = {"report": str(workdir.path / "report.html")}
-    out["figures"] = len(report.figures)
-    out["rows"] = report.rows
-    return out | {"plots": saved} if save_figures else out
+    for name, png in report.figures.items():
+        (plots_folder / f"{name}.png").write_bytes(png)
+        saved.append(str(plots_folder / f"{name}.png"))
+    return saved
 
 
 @functools.cache
@@ -255,6 +259,12 @@ def _first_plan(runs: Sequence[Run]) -> Mapping[str, Any] | None:
     return next((run.plan for run in runs if run.plan is not None), None)
 
 
+def _given(runs: Sequence[Run]) -> list[pathlib.Path]:
+    """The workdirs that were asked for, without the runs inside a comparison."""
+    inner = {run.path / row["method"].replace(":", "_") for run in runs for row in run.comparison}
+    return [run.path for run in runs if run.path not in inner]
+
+
 def _subtitle(run: Run) -> str:
     env = run.env
     device = f"{env.get('num_devices', '?')} × {env.get('device', 'unknown device')}"
@@ -276,7 +286,7 @@ def _summary(runs: Sequence[Run]) -> Section | None:
         if run.comparison:
             measured = compared(run)
             blocks.append(dataclasses.replace(tables.comparison(measured), title=f"{run.path}"))
-            blocks += [Text(line) for line in _verdict(measured)]
+            blocks += [Text(line) for line in verdict(measured)]
     if not blocks:
         blocks = [
             _hint(
@@ -296,7 +306,7 @@ def compared(run: Run) -> dict[str, dict[str, Any]]:
     return out
 
 
-def _verdict(measured: Mapping[str, Row]) -> list[str]:
+def verdict(measured: Mapping[str, Row]) -> list[str]:
     """The exact match of the first method against the last, with its interval, in a sentence."""
     names = list(measured)
     first, last = measured[names[0]], measured[names[-1]]
@@ -323,13 +333,10 @@ def _plan(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
         "tokens",
         "pairs",
         "flops",
-        "padded_flops",
         "rows",
         "fill",
-        "token_ratio",
         "predicted_speedup",
         "padded_speedup",
-        "memory_bytes",
     )
     blocks = [
         Text(
@@ -408,14 +415,17 @@ def _pictures(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section | No
 def _setting(runs: Sequence[Run]) -> list[Section]:
     """Commands, environment and configuration of every run."""
     commands = dict.fromkeys(run.env["command"] for run in runs if run.env.get("command"))
-    rebuild = f"python -m experiments.report {runs[0].path}"
+    rebuild = "python -m experiments.report " + " ".join(str(path) for path in _given(runs))
     lines = "\n".join(f"$ {command}" for command in (*commands, rebuild))
     environment = [
-        {"run": run.path.name, **run.env.get("packages", {}), **_plain(run.env)} for run in runs
+        {"run": run.path.name, **run.env.get("packages", {}), **_plain(run.env)}
+        for run in runs
+        if run.env
     ]
     configs = [
         Code(json.dumps(run.config, indent=2), f"{run.path / 'config.json'}", folded=True)
         for run in runs
+        if run.config
     ]
     return [
         Section("Commands", (Code(lines),)),

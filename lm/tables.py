@@ -21,8 +21,8 @@ _COLUMNS = {
     "row_tokens": ("tokens with padding", "count"),
     "fill": ("fill of rows", "percent"),
     "token_ratio": ("tokens saved", "times"),
-    "predicted_speedup": ("predicted speed-up", "times"),
-    "padded_speedup": ("predicted with padding", "times"),
+    "predicted_speedup": ("speed-up", "times"),
+    "padded_speedup": ("speed-up with padding", "times"),
     "memory_bytes": ("memory", "bytes"),
     "peak_bytes": ("peak memory", "bytes"),
     "step_ms": ("step, ms", "number"),
@@ -30,7 +30,8 @@ _COLUMNS = {
     "conversations_per_s": ("conversations/s", "number"),
     "tokens_per_s": ("tokens/s", "count"),
     "loss_per_token": ("loss, nats/token", "loss"),
-    "final_loss": ("training loss, nats/token", "loss"),
+    "final_loss": ("held-out loss, nats/token", "loss"),
+    "train_loss": ("training loss, nats/token", "loss"),
     "loss": ("held-out loss, nats/token", "loss"),
     "exact_match": ("exact match", "percent"),
     "mfu": ("FLOPs utilisation", "percent"),
@@ -85,10 +86,11 @@ def table(rows: Sequence[Row], title: str = "", columns: Sequence[str] | None = 
     columns: keys to show, in this order, where a row has them; None shows all.
     """
     found = dict.fromkeys(key for row in rows for key in row)
+    hidden = {"kind", "mode"} if "method" in found else {"kind"}  # mode: the method again
     keys = [
         key
         for key in (found if columns is None else columns)
-        if key in found and key != "kind" and _showable([row.get(key) for row in rows])
+        if key in found and key not in hidden and _showable([row.get(key) for row in rows])
     ]
     cells = tuple(tuple(cell(key, row.get(key)) for key in keys) for row in rows)
     numbers = frozenset(
@@ -123,8 +125,8 @@ SAVINGS = (
     Quantity("chip_hours", "chip-hours", True),
     Quantity("cost", "cost", True),
     Quantity("exact_match", "exact match", False),
-    Quantity("final_loss", "training loss, nats/token", False),
-    Quantity("loss", "held-out loss, nats/token", False),
+    Quantity("final_loss", "held-out loss, nats/token", False),
+    Quantity("train_loss", "training loss, nats/token", False),
     Quantity("gradient_noise", "gradient noise", False),
 )
 

@@ -15,7 +15,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=
 
 
 def main() -> dict[str, object]:
-    return {"plots": report.write([WORKDIR.value], save_figures=True)["plots"]}
+    made = report.write([WORKDIR.value])
+    return {"plots": report.save_figures(made, WORKDIR.value)}
 
 
 if __name__ == "__main__":
