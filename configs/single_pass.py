@@ -47,7 +47,7 @@ def smoke() -> ConfigDict:
     data.seed = 0
     data.min_turns = 2
     data.max_turns = 4
-    data.max_number = 99
+    data.max_number = 20
     data.max_operand = 9
     data.tools = False
     data.validation_fraction = 0.1

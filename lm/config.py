@@ -110,7 +110,7 @@ class DataConfig:
     seed: int = 0
     min_turns: int = 2  # arithmetic only
     max_turns: int = 4  # arithmetic; problems per conversation of GSM8K
-    max_number: int = 99  # arithmetic only: every number lies in 0..max_number
+    max_number: int = 20  # arithmetic only: every number lies in 0..max_number
     max_operand: int = 9  # arithmetic only: the largest number added or subtracted
     tools: bool = False  # arithmetic only: some turns call a calculator
     validation_fraction: float = 0.1  # of a file, held out from training for `evaluate`

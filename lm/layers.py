@@ -53,7 +53,11 @@ class Linear(nnx.Module):
 
     @staticmethod
     def _dot(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-        return jnp.tensordot(x, kernel.astype(x.dtype), axes=axes)
+        # As one plain matrix product: its transpose then needs no transposed copies of activations, which
+        # on CPU cost more than the products.
+        leading, fan_in = x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
+        y = x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, -1)
+        return y.reshape(*leading, *kernel.shape[axes:])
 
 
 class RMSNorm(nnx.Module):

@@ -52,7 +52,7 @@ class Result:
     step: int
     loss: float  # of the last step, under train.weighting
     state: train.TrainState
-    seconds: float  # of training in this process
+    seconds: float  # of training in this process, compilation excluded
 
 
 def fit(job: Job, workdir: Workdir) -> Result:
@@ -99,11 +99,7 @@ def _start(job, optimizer, store) -> tuple[train.TrainState, float]:
 
 def _run(job, workdir, store, optimizer, state) -> Result:
     config = job.config.train
-    step_fn = jax.jit(
-        train.make_step(job.objective, optimizer, config, job.config.model.dtype),
-        donate_argnums=0,
-    )
-    first, began = int(state.step), time.monotonic()
+    first, step_fn, began = int(state.step), None, time.monotonic()
     log = _Log(job, workdir)
     with _Stop() as stop, Progress("train", job.total_steps, first) as progress:
         for step in range(first + 1, job.total_steps + 1):
@@ -111,8 +107,13 @@ def _run(job, workdir, store, optimizer, state) -> Result:
                 host = next(job.data)
             except StopIteration:
                 raise RunError(f"the data ended at step {step - 1} of {job.total_steps}") from None
+            batch = train.to_device(host, job.sharding)
+            if step_fn is None:
+                step_fn = _compiled(job, optimizer, state, batch)
+                began = time.monotonic()
+                log.restart()
             with _Trace(job.profile, step - first):
-                state, sums = step_fn(state, job.frozen, train.to_device(host, job.sharding))
+                state, sums = step_fn(state, job.frozen, batch)
                 if job.profile:
                     jax.block_until_ready(sums)
             # the check lags one step, so that the host prepares batches while the device works
@@ -132,6 +133,13 @@ def _run(job, workdir, store, optimizer, state) -> Result:
     return Result(job.total_steps, log.settle(), state, time.monotonic() - began)
 
 
+def _compiled(job, optimizer, state, batch):
+    """The step, compiled once and ahead of time: another shape later is an error, not a second program."""
+    say("compiling the train step")
+    step = train.make_step(job.objective, optimizer, job.config.train, job.config.model.dtype)
+    return jax.jit(step, donate_argnums=0).lower(state, job.frozen, batch).compile()
+
+
 class _Log:
     """Fetches the metrics of a step one step late, refuses non-finite losses, writes the rows."""
 
@@ -140,6 +148,10 @@ class _Log:
         self._pending: tuple[int, Any] | None = None
         self._loss = math.nan
         self._tokens, self._flops, self._steps, self._since = 0, 0.0, 0, time.monotonic()
+
+    def restart(self) -> None:
+        """Starts the clock of the first row of metrics: compilation is not training."""
+        self._since = time.monotonic()
 
     def record(self, step: int, host: Mapping[str, np.ndarray], sums: Any) -> dict[str, float]:
         values = self._flush()

@@ -5,7 +5,6 @@ What `init_from` names decides the architecture; the config keeps the say over d
 """
 
 import dataclasses
-import itertools
 import json
 import operator
 import pathlib
@@ -81,10 +80,19 @@ def _tokenizer(config: Config, spec: str, directory: pathlib.Path | None) -> tok
         size = int(spec.removeprefix("bpe:"))
     except ValueError:
         raise UserError(f"data.tokenizer={spec!r}: bpe:SIZE takes a number") from None
+    # learned from whole renderings, so that the template's own words become tokens too
     source = conversations(config.data)
+    template = chat.load_template(config.data.template or None, tokenizers.load_tokenizer("bytes"))
     sample = (source[i] for i in range(min(len(source), _BPE_SAMPLE)))
-    messages = itertools.chain.from_iterable(c.messages for c in sample)
-    texts = (text for m in messages for text in (m.thought, m.content) if text)
+    texts = (
+        template.render(
+            [m.to_dict(with_thought=True) for m in thread],
+            add_generation_prompt=False,
+            tools=conversation.tools,
+        )
+        for conversation in sample
+        for thread in conversation.threads()
+    )
     return tokenizers.train_bpe(texts, size)
 
 
