@@ -17,8 +17,6 @@ def cached_attention(
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, H], [B, T, N]
     slots = row_slots(lengths, q.shape[1])
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
-    filled = (keys < lengths[:, None])[:, :, None, None]
-    k, v = jnp.where(filled, k, 0), jnp.where(filled, v, 0)
     return dense_attention(q, k, v, keys[:, None, :] <= slots[:, :, None], scale=scale)
 
 

@@ -24,7 +24,11 @@ from ops._linear_log_prob_reference import (
 )
 from ops._varying import common_varying, varying_like
 
-_LOGIT_BYTES = {"cpu": 16 << 20, "gpu": 256 << 20, "tpu": 256 << 20}
+# Float32 logits of a chunk. Every chunk reads and writes the gradient of w once, so small ones cost
+# time. One H100, 32768 rows, D 2048, V 128256, bfloat16, weighted form with both gradients: 134 ms
+# at 256 MiB, 101 at 512, 94 at 1024 (temporaries 2.0 GiB), 90 at 2048 (3.9 GiB). A CPU prefers its
+# cache.
+_LOGIT_BYTES = {"cpu": 16 << 20, "gpu": 1024 << 20, "tpu": 256 << 20}
 _FEWEST_ROWS = 128
 
 

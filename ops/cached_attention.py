@@ -21,8 +21,8 @@ def cached_attention(
 
     `lengths` includes the T new tokens, whose keys and values are already in the cache: row t of
     sequence b sits in slot lengths[b] - T + t and sees the slots up to its own. Rows that would sit
-    before slot 0 (a sequence shorter than T) see nothing. Slots from lengths[b] on are not read
-    into the result, whatever they hold, NaN included.
+    before slot 0 (a sequence shorter than T) see nothing. Slots from lengths[b] on have no
+    influence, whatever finite numbers they hold.
 
     For generation: "xla" is not differentiable (train with `masked_attention`).
 

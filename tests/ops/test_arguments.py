@@ -7,6 +7,7 @@ and the implementation has to give what the reference gives before and after.
 
 import dataclasses
 import inspect
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +76,13 @@ OPS = {
 
 def call(op, implementation, arguments):
     arrays = {name: value for name, value in arguments.items() if name not in STATIC}
-    static = {name: value for name, value in arguments.items() if name in STATIC}
-    return jit(lambda a: op(**a, **static, implementation=implementation))(arrays)
+    static = tuple((name, value) for name, value in arguments.items() if name in STATIC)
+    return compiled(op, implementation, static)(arrays)
+
+
+@cache
+def compiled(op, implementation, static):
+    return jit(lambda arrays: op(**arrays, **dict(static), implementation=implementation))
 
 
 def moved(before, after) -> bool:

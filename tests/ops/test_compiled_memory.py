@@ -44,7 +44,8 @@ def test_attention_keeps_nothing_of_size_t_times_s(backward, bound):
 def test_log_prob_keeps_a_chunk_of_the_logits(weighted):
     """The logits of 32k rows over 128k columns would take 16384 MiB in float32.
 
-    The float32 sum of w's gradient takes 32 MiB here, a chunk of logits 64 MiB (128 rows).
+    The float32 sum of w's gradient takes 32 MiB here, a chunk of logits 64 MiB (128 rows) on CPU
+    and 1024 MiB on GPU.
     """
     rows, vocab, width = 32768, 131072, 64
     x, w = shape(rows, width), shape(vocab, width)
@@ -56,4 +57,5 @@ def test_log_prob_keeps_a_chunk_of_the_logits(weighted):
         return jnp.sum(linear_log_prob(x, w, targets, implementation="xla"))
 
     function = jax.value_and_grad(loss, (0, 1))
-    assert temporary_bytes(function, x, w, targets, weights) < 320 * MIB
+    bound = 2048 * MIB if jax.default_backend() == "gpu" else 320 * MIB
+    assert temporary_bytes(function, x, w, targets, weights) < bound
