@@ -10,7 +10,7 @@ def linear_log_prob(
     x: jax.Array,  # [R, D]
     w: jax.Array,  # [V, D]
     targets: jax.Array,  # [R] int32
-    weights: jax.Array | None,  # [R]
+    weights: jax.Array | None,  # [R] float32
     *,
     softcap: float | None,
     valid_vocab: int | None,
@@ -66,7 +66,7 @@ def combine(
 
 def weighted_total(weights: jax.Array, log_prob: jax.Array) -> jax.Array:
     """sum(weights * log_prob)."""
-    return jnp.sum(weights.astype(jnp.float32) * countable(weights, log_prob))
+    return jnp.sum(weights * countable(weights, log_prob))
 
 
 def countable(weights: jax.Array, log_prob: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def linear_log_prob(
     x: jax.Array,  # [R, D]
     w: jax.Array,  # [V, D]
     targets: jax.Array,  # [R] int32
-    weights: jax.Array | None,  # [R]
+    weights: jax.Array | None,  # [R] float32
     *,
     softcap: float | None,
     valid_vocab: int | None,
@@ -146,7 +146,7 @@ def _weighted_fwd(x, w, targets, weights, settings):
     need_x, need_w = x.perturbed, w.perturbed
     x, w, targets, weights = x.value, w.value, targets.value, weights.value
     rows, todo = _chunks(x, targets, settings)
-    scales = jnp.where(rows.targets < 0, 0.0, _split(weights.astype(jnp.float32), settings.chunk))
+    scales = jnp.where(rows.targets < 0, 0.0, _split(weights, settings.chunk))
     first = jnp.zeros_like(targets[0])
 
     def chunk(step, state):

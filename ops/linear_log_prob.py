@@ -25,6 +25,9 @@ def linear_log_prob(
     target that is not a valid column (>= V or >= valid_vocab) has log-probability -inf; nothing
     outside w is read.
 
+    The loop over chunks of rows cannot be partitioned by the compiler: where rows are sharded, call
+    this inside `jax.shard_map`.
+
     Args:
       x, w: floating point. Products accumulate in float32; the gradient of w is summed over rows in
         float32 and returned in w.dtype.
@@ -60,7 +63,7 @@ def linear_log_prob(
         x,
         w,
         targets.astype(jnp.int32),
-        weights,
+        None if weights is None else weights.astype(jnp.float32),
         softcap=None if softcap is None else float(softcap),
         valid_vocab=valid_vocab,
         vocab_axis=vocab_axis,

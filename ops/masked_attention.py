@@ -23,6 +23,9 @@ def masked_attention(
     places the rows when T < S), and so is H. Scores, softmax and sums are float32, whatever the
     inputs are.
 
+    Batch and heads may be sharded, under jit or `jax.shard_map`; the loops over blocks of rows and
+    keys are not partitioned.
+
     Args:
       q, k, v: floating point; differentiable.
       visibility: not differentiable.

@@ -170,6 +170,21 @@ def test_products_of_each_form():
     assert products(jax.grad(weighted, 0)) == products(jax.grad(weighted, 1)) == 2
 
 
+@pytest.mark.parametrize("dtype", ["int32", "bfloat16", "bool"])
+def test_weights_of_any_type(dtype):
+    x, w, targets, weights = problem(9, 5, 31)
+    weights = (2 * weights).astype(dtype)
+
+    def total(x, implementation, weights):
+        return linear_log_prob(x, w, targets, weights, implementation=implementation)[0]
+
+    expected = jit(partial(jax.grad(total), implementation="reference"))(
+        x, weights=weights.astype(jnp.float32)
+    )
+    actual = jit(partial(jax.grad(total), implementation="xla"))(x, weights=weights)
+    assert_close(actual, expected, "float32")
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_chunk_rows(platform):
     """Within the budget, but for rounding to 8 rows and the least number of rows."""
