@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
             _exit(130, "interrupted")
         _print(result)
 
+    threading.excepthook = _thread_failed
     _show_flags_in_help()
     app.run(wrapped, flags_parser=_parse)
 
@@ -121,6 +123,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _exit(2, f"unknown config key in {' '.join(keys)}: {' '.join(hint.split())}")
     except (flags.Error, TypeError, ValueError) as error:
         _exit(2, _last_line(error))
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """A writer's thread that fails says so in a line; the main thread meets the same error when it waits."""
+    reason = str(failure.exc_value).splitlines()[:1] or [failure.exc_type.__name__]
+    logging.warning("in the background: %s", reason[0][:200])
 
 
 def _last_line(error: Exception) -> str:

@@ -142,7 +142,7 @@ def comparison(measured: Mapping[str, Row], quantities: Sequence[Quantity] = SAV
     lines = []
     for quantity in quantities:
         values = [measured[method].get(quantity.key) for method in methods]
-        if all(value is None for value in values):
+        if not any(values):  # nowhere known, or nothing at all
             continue
         change = _change(quantity, first.get(quantity.key), last.get(quantity.key))
         shown = tuple(cell(quantity.key, value) for value in values)

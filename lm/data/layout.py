@@ -23,7 +23,9 @@ class Layout:
     edge_rows: np.ndarray  # [E] int32, the row that predicts
     edge_targets: np.ndarray  # [E] int32, the token that it predicts
     edge_weights: np.ndarray  # [E] float32, how many samples train this edge
-    edge_turn_weights: np.ndarray  # [E] float32, sum over those samples of 1 / (trained tokens of the sample)
+    edge_turn_weights: (
+        np.ndarray
+    )  # [E] float32, sum over those samples of 1 / (trained tokens of the sample)
     edge_children: np.ndarray  # [E] int32, the row where the target token itself lies
     edge_turns: np.ndarray  # [E] int32, the first turn (0-based assistant message) that trains it
     paths: tuple[np.ndarray, ...] = ()  # one [n] int32 per sample: the rows of its tokens, in order

@@ -6,11 +6,11 @@ from functools import cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_cases import arrays, attention_by_loops, jit
-from op_tolerances import assert_close
 
 from ops import _cached_attention_xla, dispatch
 from ops.cached_attention import cached_attention
+from tests.ops.op_cases import arrays, attention_by_loops, jit
+from tests.ops.op_tolerances import assert_close
 
 IMPLEMENTATIONS = ("xla",)  # those compared with the reference
 

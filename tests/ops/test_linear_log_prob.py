@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
-from op_cases import DRAW_ONLY, arrays, cpu_mesh, jit
-from op_tolerances import assert_close
 
 from ops import _linear_log_prob_xla, dispatch
 from ops.linear_log_prob import linear_log_prob
+from tests.ops.op_cases import DRAW_ONLY, arrays, cpu_mesh, jit
+from tests.ops.op_tolerances import assert_close
 
 IMPLEMENTATIONS = ("xla",)  # those compared with the reference
 SETTINGS = [(None, None), (2.0, None), (None, 23), (2.0, 23)]  # softcap, valid_vocab

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from op_cases import DRAW_ONLY, MASKS, arrays, attention_by_loops, dense, jit, visibility
-from op_tolerances import assert_close
 
 from ops import _masked_attention_xla, dispatch
 from ops.masked_attention import masked_attention
 from ops.visibility import Visibility
+from tests.ops.op_cases import DRAW_ONLY, MASKS, arrays, attention_by_loops, dense, jit, visibility
+from tests.ops.op_tolerances import assert_close
 
 IMPLEMENTATIONS = ("xla",)  # those compared with the reference
 

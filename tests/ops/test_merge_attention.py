@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from op_cases import arrays, jit, visibility
-from op_tolerances import assert_close
 
 from ops.masked_attention import masked_attention
 from ops.merge_attention import merge_attention
+from tests.ops.op_cases import arrays, jit, visibility
+from tests.ops.op_tolerances import assert_close
 
 
 def attend(q, k, v, mask, implementation):

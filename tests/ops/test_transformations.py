@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from op_cases import arrays, cpu_mesh, jit, visibility
-from op_tolerances import assert_close
 
 from ops import _masked_attention_xla, dispatch
 from ops.cached_attention import cached_attention
 from ops.linear_log_prob import linear_log_prob
 from ops.masked_attention import masked_attention
+from tests.ops.op_cases import arrays, cpu_mesh, jit, visibility
+from tests.ops.op_tolerances import assert_close
 
 BLOCKS = _masked_attention_xla.BlockSizes(8, 8)
 

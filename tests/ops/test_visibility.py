@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from op_cases import DRAW_ONLY, MASKS, dense, jit, visibility
 
 from ops import block_table as block_tables
 from ops.visibility import Visibility
+from tests.ops.op_cases import DRAW_ONLY, MASKS, dense, jit, visibility
 
 as_array = jit(Visibility.as_array, static_argnums=1)
 

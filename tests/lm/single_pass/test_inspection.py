@@ -2,7 +2,6 @@
 import matplotlib.image
 import numpy as np
 import pytest
-from adversarial import ALL, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +9,7 @@ from lm.single_pass import inspection
 from lm.single_pass.layouts import layouts_of
 from lm.single_pass.samples import Sample, samples_of
 from lm.text import chat, tokenizers
+from tests.lm.single_pass.adversarial import ALL, PLAIN
 
 TOKENIZER = tokenizers.load_tokenizer("bytes")
 CHATML = chat.load_template("chatml", TOKENIZER)

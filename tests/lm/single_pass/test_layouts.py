@@ -4,7 +4,6 @@ import itertools
 import numpy as np
 import pytest
 from absl import logging
-from adversarial import ALL, OTHERS, PLAIN, talk, trained, trained_by, turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,7 @@ from lm.single_pass import layouts
 from lm.single_pass.layouts import layouts_of
 from lm.single_pass.samples import Sample, samples_of
 from lm.text import chat, tokenizers
+from tests.lm.single_pass.adversarial import ALL, OTHERS, PLAIN, talk, trained, trained_by, turns
 
 TOKENIZER = tokenizers.load_tokenizer("bytes")
 CHATML = chat.load_template("chatml", TOKENIZER)

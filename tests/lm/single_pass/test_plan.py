@@ -4,7 +4,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from adversarial import ALL, OTHERS
 
 from lm import transformer
 from lm.config import LoraConfig, ModelConfig
@@ -12,6 +11,7 @@ from lm.errors import UserError
 from lm.single_pass import plan
 from lm.single_pass.samples import Sample, samples_of
 from lm.text import chat, tokenizers
+from tests.lm.single_pass.adversarial import ALL, OTHERS
 
 LLAMA_1B = ModelConfig(
     vocab_size=128256,

@@ -4,13 +4,13 @@ import dataclasses
 import numpy as np
 import pytest
 from absl import logging
-from adversarial import ALL, LOOP, PLAIN, said, talk, tool, turns, user
 
 from lm.data.conversations import Conversation, Message
 from lm.errors import DataError, UserError
 from lm.single_pass import samples
 from lm.single_pass.samples import samples_of
 from lm.text import chat, tokenizers
+from tests.lm.single_pass.adversarial import ALL, LOOP, PLAIN, said, talk, tool, turns, user
 
 TOKENIZER = tokenizers.load_tokenizer("bytes")
 CHATML = chat.load_template("chatml", TOKENIZER)

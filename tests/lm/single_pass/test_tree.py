@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
 import pytest
-from adversarial import ALL, trained, trained_by, turn_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.single_pass import tree
 from lm.single_pass.samples import Sample, samples_of
 from lm.text import chat, tokenizers
+from tests.lm.single_pass.adversarial import ALL, trained, trained_by, turn_weights
 
 
 def sample(tokens, prompt_length, turn=0):

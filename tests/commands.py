@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running the project's commands as a user would, on a model small enough for tests."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = (
+    "--config.model.num_layers=1",
+    "--config.model.embed_dim=32",
+    "--config.model.head_dim=8",
+    "--config.model.mlp_dim=48",
+    "--config.data.seq_len=256",
+    "--config.data.limit=60",
+    "--config.data.eval_conversations=4",
+    "--config.train.batch_size=2",
+)
+SMOKE = ("--config=configs/single_pass.py:smoke", *TINY)
+
+
+def environment() -> dict[str, str]:
+    """One CPU device, like a user's machine; compiled programs are shared by the session."""
+    return os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+
+
+def start(module: str, *flags: str, **options: Any) -> subprocess.Popen:
+    """The command as a running process."""
+    command = [sys.executable, "-m", f"experiments.{module}", *map(str, flags)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def run(module: str, *flags: str, status: int = 0, **options: Any) -> tuple[Any, str]:
+    """(last line of output as JSON or None, standard error); asserts the exit status."""
+    process = start(module, *flags, **options)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
+    lines = out.strip().splitlines()
+    return (json.loads(lines[-1]) if lines and lines[-1].startswith("{") else None), err
+
+
+def refusal(module: str, *flags: str, status: int = 2, **options: Any) -> str:
+    """The one clear line of a command that refuses its input."""
+    result, err = run(module, *flags, status=status, **options)
+    assert result is None
+    assert "Traceback" not in err
+    return err.strip().splitlines()[-1]
