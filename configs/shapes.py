@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published model shapes, as the `model` section of a config. vocab_size 0 follows the tokenizer."""
+"""Published model shapes, as the `model` section of a config. vocab_size 0 follows the
+tokenizer."""
 
 from ml_collections import ConfigDict
 

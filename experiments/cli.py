@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command shares: flags, one clear line on bad input, exit statuses, the JSON line at the end.
+"""What every command shares: flags, one clear line on bad input, exit statuses, the JSON line at
+the end.
 
 Exit status 0: done; 1: a check failed or the run broke; 2: bad input.
 """
@@ -16,12 +17,12 @@ from typing import Any
 
 
 def _skip_absent_tpu() -> None:
-    """libtpu may be here only to compile with; without a TPU, JAX would wait for one and complain."""
+    """libtpu may be here only to compile with; without a TPU, JAX would wait for one and
+    complain."""
     tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")
     if "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") and not tpu:
-        gpu = importlib.util.find_spec("jax_cuda13_plugin") or importlib.util.find_spec(
-            "jax_cuda12_plugin"
-        )
+        plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+        gpu = any(importlib.util.find_spec(name) for name in plugins)
         os.environ["JAX_PLATFORMS"] = (
             "cuda,cpu" if gpu and glob.glob("/dev/nvidia[0-9]*") else "cpu"
         )
@@ -41,7 +42,8 @@ FLAGS = flags.FLAGS
 
 
 class CheckFailed(Exception):
-    """A check did not hold: its result is still printed, the reason goes to stderr, exit status 1."""
+    """A check did not hold: its result is still printed, the reason goes to stderr, exit status
+    1."""
 
     def __init__(self, result: dict[str, Any], reason: str):
         super().__init__(reason)
@@ -126,7 +128,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """A writer's thread that fails says so in a line; the main thread meets the same error when it waits."""
+    """A writer's thread that fails says so in a line; the main thread meets the same error when it
+    waits."""
     reason = str(failure.exc_value).splitlines()[:1] or [failure.exc_type.__name__]
     logging.warning("in the background: %s", reason[0][:200])
 

@@ -3,9 +3,9 @@
 
     python -m experiments.compile --config=configs/single_pass.py:paper --topology=v5p:4x4x4
 
-Runs the real TPU compiler (libtpu from `make setup EXTRA=dev`). Exit status 1 when the step does not fit the
-chip's memory. The last line is {"parameters": n, "chips": n, "bytes_per_chip": n, "hbm_bytes": n,
-"flops_per_chip": x, "compile_s": x}.
+Runs the real TPU compiler (libtpu from `make setup EXTRA=dev`). Exit status 1 when the step does
+not fit the chip's memory. The last line is {"parameters": n, "chips": n, "bytes_per_chip": n,
+"hbm_bytes": n, "flops_per_chip": x, "compile_s": x}.
 """
 
 import os

@@ -72,8 +72,8 @@ def _batch(config: Config, mesh: sharding.Sharding) -> dict[str, jax.ShapeDtypeS
 def compile_step(config: Config, topology: str) -> dict[str, Any]:
     """Compiles and reports memory per chip: argument + output - alias + temporaries.
 
-    flops_per_chip are model FLOPs of a step whose rows are chains of seq_len tokens, all trained (the
-    compiler's own count takes a scanned layer once).
+    flops_per_chip are model FLOPs of a step whose rows are chains of seq_len tokens, all trained
+    (the compiler's own count takes a scanned layer once).
 
     Raises:
       UserError: an unknown topology, or a mesh that does not fit it.

@@ -25,7 +25,8 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Saving is asynchronous; a step appears only when it is whole."""
+    """The checkpoints of one workdir. Saving is asynchronous; a step appears only when it is
+    whole."""
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
         self.directory = directory
@@ -41,7 +42,8 @@ class Checkpoints:
         )
 
     def _report_partial(self) -> None:
-        """Half-written checkpoints are never read: say so instead of resuming from an older step silently."""
+        """Half-written checkpoints are never read: say so instead of resuming from an older step
+        silently."""
         if not self.directory.is_dir():
             return
         for path in sorted(self.directory.iterdir()):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen configuration dataclasses, and the one place where an `ml_collections` config becomes them."""
+"""Frozen configuration dataclasses, and the one place where an `ml_collections` config becomes
+them."""
 
 import dataclasses
 import difflib
@@ -54,7 +55,8 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. `vocab_size` 0 takes the tokenizer's, padded to a multiple of 128."""
+    """A decoder-only transformer. `vocab_size` 0 takes the tokenizer's, padded to a multiple of
+    128."""
 
     vocab_size: int = 0
     num_layers: int = 2
@@ -218,7 +220,8 @@ class Config:
 
 
 def freeze(config: Mapping[str, Any], cls: type[T] = Config, prefix: str = "") -> T:
-    """Turns a (nested) mapping into the dataclass `cls`; unknown keys and wrong types raise UserError."""
+    """Turns a (nested) mapping into the dataclass `cls`; unknown keys and wrong types raise
+    UserError."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention contexts: what a token may attend to, and where keys and values are kept.
 
-The model calls `context.attend(state, layer, q, k, v)` once a layer, threading `state` through the scan over
-layers. Training and decoding, and every later method, differ only in the context that they pass.
+The model calls `context.attend(state, layer, q, k, v)` once a layer, threading `state` through the
+scan over layers. Training and decoding, and every later method, differ only in the context that
+they pass.
 """
 
 import dataclasses
@@ -87,7 +88,8 @@ def sharded_attention(
     sharding: Sharding | None,
     implementation: str | None,
 ) -> jax.Array:
-    """`masked_attention` with the batch and the heads split over the mesh: kernels see local arrays."""
+    """`masked_attention` with the batch and the heads split over the mesh: kernels see local
+    arrays."""
 
     def attention(q, k, v, visibility):
         return masked_attention(q, k, v, visibility, implementation=implementation)
@@ -126,8 +128,8 @@ class Cache:
 class Prefill(_Sharded):
     """Prompts into an empty cache. Rows are ragged: row b has `lengths[b]` tokens, then padding.
 
-    Padding rows compute garbage that nobody reads: keys beyond a prompt lie to the right of its rows, and
-    later steps overwrite them.
+    Padding rows compute garbage that nobody reads: keys beyond a prompt lie to the right of its
+    rows, and later steps overwrite them.
     """
 
     cache: Cache
@@ -156,7 +158,8 @@ class Prefill(_Sharded):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decode(_Sharded):
-    """T new tokens a sequence, appended to the cache at `cache.lengths` and attending to all before them."""
+    """T new tokens a sequence, appended to the cache at `cache.lengths` and attending to all before
+    them."""
 
     cache: Cache
     sharding: Sharding | None = _static()

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two ways a command ends badly: bad input (exit status 2) and a failed check (exit status 1)."""
+"""The two ways a command ends badly: bad input (exit status 2) and a failed check (exit status
+1)."""
 
 
 class UserError(Exception):
-    """Bad input: a missing file, an unknown key, a malformed record. One clear line, exit status 2."""
+    """Bad input: a missing file, an unknown key, a malformed record. One clear line, exit status
+    2."""
 
 
 class DataError(UserError):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a transformer layer: linear maps with optional adapters, RMSNorm, rotary positions."""
+"""The parts of a transformer layer: linear maps with optional adapters, RMSNorm, rotary
+positions."""
 
 import math
 from collections.abc import Sequence
@@ -53,7 +54,8 @@ class Linear(nnx.Module):
 
     @staticmethod
     def _dot(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-        # As one plain matrix product: its transpose then needs no transposed copies of activations, which
+        # As one plain matrix product: its transpose then needs no transposed copies of activations,
+        # which
         # on CPU cost more than the products.
         leading, fan_in = x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
         y = x.reshape(-1, fan_in) @ kernel.astype(x.dtype).reshape(fan_in, -1)
@@ -61,7 +63,8 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32; `plus_one` stores scale - 1, as Gemma does."""
+    """x / rms(x) * scale over the last axis, in float32; `plus_one` stores scale - 1, as Gemma
+    does."""
 
     def __init__(self, dim: int, *, eps: float, plus_one: bool):
         self.scale = nnx.Param(jnp.zeros(dim) if plus_one else jnp.ones(dim))
@@ -92,7 +95,8 @@ def rope_frequencies(config: ModelConfig) -> tuple[jax.Array, float]:
 
 
 def _llama3_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Array:
-    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, a linear ramp between."""
+    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, a linear ramp
+    between."""
     turns = scaling.original_max_positions * frequencies / (2 * math.pi)
     span = scaling.high_freq_factor - scaling.low_freq_factor
     keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
@@ -102,7 +106,8 @@ def _llama3_frequencies(frequencies: jax.Array, scaling: RopeScaling) -> jax.Arr
 def _yarn_frequencies(
     frequencies: jax.Array, scaling: RopeScaling, config: ModelConfig
 ) -> tuple[jax.Array, float]:
-    """YaRN (arXiv 2309.00071, section 3): a ramp over dimensions between the two rotation counts."""
+    """YaRN (arXiv 2309.00071, section 3): a ramp over dimensions between the two rotation
+    counts."""
     half = config.head_dim // 2
 
     def dimension(rotations: float) -> float:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: resume, step, log, check, save, stop.
 
-What a run starts from, in this order: its own newest whole checkpoint, else `init_from`, else random parameters.
-A rerun of the same command therefore continues, and a finished run only reports its result again.
+What a run starts from, in this order: its own newest whole checkpoint, else `init_from`, else
+random parameters. A rerun of the same command therefore continues, and a finished run only reports
+its result again.
 """
 
 import dataclasses
@@ -134,7 +135,8 @@ def _run(job, workdir, store, optimizer, state) -> Result:
 
 
 def _compiled(job, optimizer, state, batch):
-    """The step, compiled once and ahead of time: another shape later is an error, not a second program."""
+    """The step, compiled once and ahead of time: another shape later is an error, not a second
+    program."""
     say("compiling the train step")
     step = train.make_step(job.objective, optimizer, job.config.train, job.config.model.dtype)
     return jax.jit(step, donate_argnums=0).lower(state, job.frozen, batch).compile()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss on edges: row r predicts token t with weight w. Rows that train nothing never meet the unembedding."""
+"""The loss on edges: row r predicts token t with weight w. Rows that train nothing never meet the
+unembedding."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +30,8 @@ class Execution:
 
 
 def visibility_of(batch: Batch) -> Visibility:
-    """The `Visibility` that a batch of rows states: `until`, and hidden runs where the layout has them."""
+    """The `Visibility` that a batch of rows states: `until`, and hidden runs where the layout has
+    them."""
     return Visibility(
         until=batch["until"],
         hidden_from=batch.get("hidden_from"),
@@ -63,7 +65,8 @@ def weighted_log_prob(
     execution: Execution,
     weighting: str = "per_token",
 ) -> tuple[jax.Array, jax.Array]:
-    """sum over edges of weight * log-probability (differentiable), and [B, E] log-probabilities (not)."""
+    """sum over edges of weight * log-probability (differentiable), and [B, E] log-probabilities
+    (not)."""
     states = forward(config, params, batch, execution)
     return _log_probs(config, params, states, batch, batch[WEIGHTS[weighting]], execution)
 
@@ -107,7 +110,8 @@ def _log_probs(config, params, states, batch, weights, execution):
 def normalised(batch: Batch, log_probs: jax.Array) -> dict[str, jax.Array]:
     """Sums of loss and weight under both normalisations, each a float32 scalar.
 
-    `loss_<weighting>` / `weight_<weighting>` is the mean; sums are kept so that microbatches and hosts add up.
+    `loss_<weighting>` / `weight_<weighting>` is the mean; sums are kept so that microbatches and
+    hosts add up.
     """
     sums = {}
     for weighting, field in WEIGHTS.items():

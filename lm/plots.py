@@ -100,12 +100,12 @@ def loss_by_step(runs: Mapping[str, Sequence[Row]]) -> Figure:
 
 @_styled
 def loss_by_time(runs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Training loss per token against the time spent training, compilation included."""
+    """Training loss per token against the time spent training, compilation not included."""
     lines = {}
     for label, rows in runs.items():
         times = elapsed(rows)
         lines[label] = [(t, row["loss_per_token"]) for t, row in zip(times, rows, strict=True)]
-    return _losses(lines, "training time, s (compilation included)")
+    return _losses(lines, "training time, s")
 
 
 def elapsed(rows: Sequence[Row]) -> list[float]:

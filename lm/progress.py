@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress of long work: a bar with rate and ETA on a terminal, log lines otherwise. Always on stderr."""
+"""Progress of long work: a bar with rate and ETA on a terminal, log lines otherwise. Always on
+stderr."""
 
 import sys
 import time

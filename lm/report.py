@@ -32,6 +32,10 @@ _FILES = (
     "compare.jsonl",
     "benchmark.jsonl",
 )
+_TITLES = {
+    "evaluate": "Held-out conversations, by turn",
+    "verify": "Against plain causal passes over the same samples",
+}
 _METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
 
 
@@ -299,10 +303,12 @@ def _summary(runs: Sequence[Run]) -> Section | None:
 
 def compared(run: Run) -> dict[str, dict[str, Any]]:
     """Per method: what it cost by plan and by measurement, and what quality came out."""
+    timed = {row["method"]: row["conversations_per_s"] for row in latest(run.benchmarks)}
     out: dict[str, dict[str, Any]] = {}
     for row in latest(run.comparison):
-        planned = ((run.plan or {}).get("modes") or {}).get(row["method"]) or {}
-        out[row["method"]] = {**planned, **row}
+        method = row["method"]
+        planned = ((run.plan or {}).get("modes") or {}).get(method) or {}
+        out[method] = {**planned, **row, "conversations_per_s": timed.get(method)}
     return out
 
 
@@ -382,7 +388,7 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
         rows = [
             row for run in runs for row in run.evaluations if row.get("kind", "evaluate") == kind
         ]
-        blocks.append(tables.table(latest(rows), f"Rows of {kind}"))
+        blocks.append(tables.table(latest(rows), _TITLES.get(kind, f"Rows of {kind}")))
     if not any(row.get("exact_match") is not None for run in runs for row in run.evaluations):
         hint = "No evaluation by generation."
         blocks.append(_hint(hint, _command(runs[0], "evaluate")))

@@ -50,7 +50,8 @@ class Setup:
 def resolve(config: Config, tokenizer_dir: pathlib.Path | None = None) -> Setup:
     """Reads the tokenizer, the template and the shape of `init_from`; allocates no parameters.
 
-    tokenizer_dir: where an earlier run saved the tokenizer that it trained; it wins over training again.
+    tokenizer_dir: where an earlier run saved the tokenizer that it trained; it wins over training
+    again.
     """
     model, spec = config.model, config.data.tokenizer
     if config.init_from:
@@ -173,7 +174,8 @@ def _model_of(path: pathlib.Path, wanted: ModelConfig) -> tuple[ModelConfig, str
 
 
 def load_base(setup: Setup) -> transformer.Params | None:
-    """The parameters of `init_from` on the host, without this run's own adapters; None for random ones."""
+    """The parameters of `init_from` on the host, without this run's own adapters; None for random
+    ones."""
     if not setup.config.init_from:
         return None
     path = pathlib.Path(setup.config.init_from)
@@ -193,7 +195,8 @@ def load_workdir(path: pathlib.Path) -> tuple[Setup, transformer.Params]:
 
 
 def restored_params(setup: Setup, workdir: Workdir) -> transformer.Params:
-    """All parameters after the newest checkpoint of `workdir`, under `setup`, adapters kept apart."""
+    """All parameters after the newest checkpoint of `workdir`, under `setup`, adapters kept
+    apart."""
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} has no checkpoint; train first")
     optimizer = train.make_optimizer(setup.config.optimizer, 1)

@@ -36,7 +36,8 @@ _KERNELS = {
 
 
 def dims_of(path: tuple[str, ...]) -> tuple[str | None, ...]:
-    """The logical dimensions of a parameter by its path, e.g. ("layers", "attention", "q", "kernel")."""
+    """The logical dimensions of a parameter by its path, e.g. ("layers", "attention", "q",
+    "kernel")."""
     prefix: tuple[str | None, ...] = ("layers",) if path[0] == "layers" else ()
     leaf = path[-1]
     if leaf == "table":
@@ -85,7 +86,8 @@ class Sharding:
         return jax.lax.with_sharding_constraint(x, self.named(*dims))
 
     def params(self, tree: Any) -> Any:
-        """NamedShardings for parameters, or for optimiser state that mirrors them; scalars are replicated."""
+        """NamedShardings for parameters, or for optimiser state that mirrors them; scalars are
+        replicated."""
 
         def leaf(path, x):
             keys = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
@@ -109,7 +111,8 @@ class Sharding:
 def make(config: MeshConfig, model: ModelConfig, devices: Any = None) -> Sharding | None:
     """The mesh over `devices` (default: all of them), or None for one device.
 
-    Raises UserError when the axes do not multiply to the number of devices, or the model does not divide.
+    Raises UserError when the axes do not multiply to the number of devices, or the model does not
+    divide.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))

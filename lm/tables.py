@@ -39,8 +39,8 @@ _COLUMNS = {
     "cost": ("cost", "number"),
     "gradient_noise": ("gradient noise", "number"),
     "n": ("answers", "integer"),
-    "max_abs_loss": ("max loss difference, nats", "number"),
-    "max_rel_grad": ("max gradient difference, relative", "number"),
+    "max_abs_loss": ("loss difference, nats", "number"),
+    "max_rel_grad": ("gradient difference", "number"),
 }
 
 
@@ -109,33 +109,34 @@ def _showable(values: Sequence[Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A line of a comparison: what is measured, and whether it was saved or is the price."""
+    """A line of a comparison; `change` is how two values of it are set against each other."""
 
     key: str
     label: str
-    saving: bool
+    change: str  # "ratio" or "difference"
 
 
 SAVINGS = (
-    Quantity("tokens", "tokens through the model", True),
-    Quantity("pairs", "attention pairs", True),
-    Quantity("flops", "model FLOPs", True),
-    Quantity("steps", "optimiser steps", True),
-    Quantity("seconds", "training time, s", True),
-    Quantity("chip_hours", "chip-hours", True),
-    Quantity("cost", "cost", True),
-    Quantity("exact_match", "exact match", False),
-    Quantity("final_loss", "held-out loss, nats/token", False),
-    Quantity("train_loss", "training loss, nats/token", False),
-    Quantity("gradient_noise", "gradient noise", False),
+    Quantity("tokens", "tokens through the model", "ratio"),
+    Quantity("pairs", "attention pairs", "ratio"),
+    Quantity("flops", "model FLOPs", "ratio"),
+    Quantity("conversations_per_s", "conversations/s, timed side by side", "ratio"),
+    Quantity("steps", "optimiser steps", "ratio"),
+    Quantity("seconds", "training time, s", "ratio"),
+    Quantity("chip_hours", "chip-hours", "ratio"),
+    Quantity("cost", "cost", "ratio"),
+    Quantity("exact_match", "exact match", "difference"),
+    Quantity("final_loss", "held-out loss, nats/token", "difference"),
+    Quantity("train_loss", "training loss, nats/token", "difference"),
+    Quantity("gradient_noise", "gradient noise", "difference"),
 )
 
 
 def comparison(measured: Mapping[str, Row], quantities: Sequence[Quantity] = SAVINGS) -> Table:
     """Methods side by side: a line per quantity, and how the first method stands against the last.
 
-    measured: per method what is known about it. A saving is the last over the first ("2.04x less"),
-    a price the difference of the first from the last.
+    measured: per method what is known about it. Costs change by a ratio ("2.04x less"), quality by
+    the difference of the first from the last.
     """
     methods = list(measured)
     first, last = measured[methods[0]], measured[methods[-1]]
@@ -154,19 +155,15 @@ def comparison(measured: Mapping[str, Row], quantities: Sequence[Quantity] = SAV
 def _change(quantity: Quantity, first: float | None, last: float | None) -> str:
     if first is None or last is None:
         return "–"
-    if not quantity.saving:
+    if quantity.change == "difference":
         if quantity.key == "exact_match":
             return f"{100 * (first - last):+.1f} points"
         return f"{first - last:+.4f}"
     if first == last:
         return "the same"
-    return (
-        f"{last / first:.2f}× less"
-        if last > first > 0
-        else f"{first / last:.2f}× more"
-        if last
-        else "–"
-    )
+    if min(first, last) <= 0:
+        return "–"
+    return f"{last / first:.2f}× less" if first < last else f"{first / last:.2f}× more"
 
 
 def text(table: Table) -> str:

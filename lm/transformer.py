@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one decoder-only transformer, with attention injected.
 
-The modules own parameters; what a token may attend to, and where keys and values are kept, is the business of
-the attention context (`lm.contexts`). A new method is a new context, not a branch here.
+The modules own parameters; what a token may attend to, and where keys and values are kept, is the
+business of the attention context (`lm.contexts`). A new method is a new context, not a branch here.
 
 Parameters travel as a nested dict of arrays with the layers stacked on a leading axis:
 
-    embed/table [V, D]                       final_norm/scale [D]          unembed/table [V, D] (unless tied)
-    layers/attention_norm/scale [L, D]       layers/mlp_norm/scale [L, D]
-    layers/attention/{q,k,v}/kernel [L, D, N or K, H]                      layers/attention/o/kernel [L, N, H, D]
-    layers/mlp/{gate,up}/kernel [L, D, F]    layers/mlp/down/kernel [L, F, D]
+    embed/table [V, D]    final_norm/scale [D]    unembed/table [V, D] (unless tied)
+    layers/attention_norm/scale [L, D]          layers/mlp_norm/scale [L, D]
+    layers/attention/q/kernel [L, D, N, H]      layers/attention/{k,v}/kernel [L, D, K, H]
+    layers/attention/o/kernel [L, N, H, D]
+    layers/mlp/{gate,up}/kernel [L, D, F]       layers/mlp/down/kernel [L, F, D]
 """
 
 import functools
@@ -110,7 +111,8 @@ class Table(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens, explicit positions and a context in; final hidden states and the updated context out."""
+    """Tokens, explicit positions and a context in; final hidden states and the updated context
+    out."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         if config.vocab_size < 1:
@@ -181,7 +183,8 @@ def hidden(
     *,
     remat: str = "none",
 ) -> tuple[jax.Array, C]:
-    """Final-norm hidden states [B, T, D] in the compute dtype, and the context with its new state."""
+    """Final-norm hidden states [B, T, D] in the compute dtype, and the context with its new
+    state."""
     model = nnx.merge(abstract(config)[0], params)
     return model(tokens, positions, context, remat)
 
@@ -192,7 +195,8 @@ def unembedding(config: ModelConfig, params: Params) -> jax.Array:
 
 
 def logits(config: ModelConfig, params: Params, states: jax.Array) -> jax.Array:
-    """Float32 logits [..., V] of hidden states [..., D]: for a few rows; losses use `linear_log_prob`."""
+    """Float32 logits [..., V] of hidden states [..., D]: for a few rows; losses use
+    `linear_log_prob`."""
     table = unembedding(config, params).astype(states.dtype)
     out = jnp.einsum("...d,vd->...v", states, table, preferred_element_type=jnp.float32)
     if config.logit_softcap is not None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's directory: config.json, env.json, metrics.jsonl, eval.jsonl, checkpoints/, plots/, report.html."""
+"""A run's directory: config.json, env.json, metrics.jsonl, eval.jsonl, checkpoints/, plots/,
+report.html."""
 
 import datetime
 import importlib.metadata
@@ -7,7 +8,9 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -128,12 +131,14 @@ def environment() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "num_devices": len(devices),
         "num_processes": jax.process_count(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
 def commit() -> str | None:
-    """The short git hash of this code, with "+" when the tree has changes; None outside a checkout."""
+    """The short git hash of this code, with "+" when the tree has changes; None outside a
+    checkout."""
     root = pathlib.Path(__file__).parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:

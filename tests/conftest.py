@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict world for every test: four CPU devices, no silent rank promotion, full matmul precision."""
+"""A strict world for every test: four CPU devices, no silent rank promotion, full matmul
+precision."""
 
 import os
 

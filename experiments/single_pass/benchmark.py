@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time, throughput, peak memory and model FLOPs per mode: same data, model and device, in one run.
+"""Step time, throughput, peak memory and model FLOPs per mode: same data, model and device, in one
+run.
 
-    python -m experiments.single_pass.benchmark --config=configs/single_pass.py:smoke --modes=tree,n_pass
+    python -m experiments.single_pass.benchmark --config=configs/single_pass.py:smoke \
+        --modes=tree,n_pass
 
-Steps of the modes alternate and medians are compared. --synthetic=8:100,300,100 takes random conversations of
-8 turns with 100 human, 300 thought and 100 response tokens instead of the config's data. `speedup` is
-conversations per second of the first mode over the last, `flop_ratio` the same of model FLOPs per conversation,
-padding of both counted. The last line is {"rows": [{"mode": ..., "step_ms": x, "conversations_per_s": x,
-"peak_bytes": n, "flops": x, ...}, ...], "speedup": x, "flop_ratio": x, ...}.
+Steps of the modes alternate and medians are compared. --synthetic=8:100,300,100 takes random
+conversations of 8 turns with 100 human, 300 thought and 100 response tokens instead of the config's
+data. `speedup` is conversations per second of the first mode over the last, `flop_ratio` the same
+of model FLOPs per conversation, padding of both counted. The last line is {"rows": [{"mode": ...,
+"step_ms": x, "conversations_per_s": x, "peak_bytes": n, "flops": x, ...}, ...], "speedup": x,
+"flop_ratio": x, ...}.
 """
 
 from absl import flags

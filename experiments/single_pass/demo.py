@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The single-pass demo: plan, verify and compare on the embedded arithmetic, then the report."""
+"""The single-pass demo on the embedded arithmetic: plan, verify, benchmark, compare, report."""
 
 import dataclasses
 import json
@@ -14,11 +14,12 @@ from lm import report, setup, tables
 from lm.config import Config, freeze
 from lm.errors import RunError
 from lm.progress import Progress, say
-from lm.single_pass import compare, inspection, layouts, pipeline, plan, verify
+from lm.single_pass import benchmark, compare, inspection, layouts, pipeline, plan, verify
 from lm.workdir import Workdir
 
 MODES = ("tree", "n_pass")
 _VERIFIED = 3  # conversations
+_TIMED = 200
 
 
 def run(folder: pathlib.Path) -> dict[str, Any]:
@@ -34,13 +35,16 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
     workdir = Workdir(folder)
     workdir.create(config)
     workdir.record(config)
-    say("1/4 plan: what each mode costs, from counts alone")
+    say("1/5 plan: what each mode costs, from counts alone")
     _plan(config, workdir)
-    say(f"2/4 verify: {_VERIFIED} conversations, losses and gradients of tree against n_pass")
+    say(f"2/5 verify: {_VERIFIED} conversations, losses and gradients of tree against n_pass")
     checked = _verify(config, workdir)
-    say("3/4 compare: train each mode on the same data, then let it hold unseen conversations")
-    rows = compare.compare(config, workdir, compare.Options(MODES))
-    say("4/4 report")
+    say(f"3/5 benchmark: steps of the modes in turn, {_TIMED} conversations")
+    _benchmark(config, workdir)
+    say("4/5 compare: train each mode on the same data, then let it hold unseen conversations")
+    # a gradient near zero at the end of training says nothing about noise: leave that out
+    rows = compare.compare(config, workdir, compare.Options(MODES, noise=False))
+    say("5/5 report")
     made = report.write([folder])
     report.save_figures(made, folder)
     _print(folder)
@@ -86,6 +90,15 @@ def _verify(config: Config, workdir: Workdir) -> dict[str, Any]:
         f" gradients within {findings.max_rel_grad:.1e} of their largest"
     )
     return found
+
+
+def _benchmark(config: Config, workdir: Workdir) -> None:
+    resolved = setup.resolve(config, workdir.path / "tokenizer")
+    source = setup.conversations(config.data)
+    groups = [pipeline.samples_of(resolved, source[i]) for i in range(_TIMED)]
+    for row in benchmark.benchmark(resolved, groups, MODES)["rows"]:
+        row = {"kind": "benchmark", "method": row["mode"], "seed": config.train.seed, **row}
+        workdir.append("benchmark.jsonl", row)
 
 
 def _print(folder: pathlib.Path) -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows one conversation as the model will see it: a table of tokens, and the mask as a picture.
 
-    python -m experiments.single_pass.inspect --config=configs/single_pass.py:smoke [--data=FILE] [--index=0]
+    python -m experiments.single_pass.inspect --config=configs/single_pass.py:smoke \
+        [--data=FILE] [--index=0]
 
-Columns: index, token, role, turn, position, until (first row that no longer sees it), targets (what the row
-is trained to predict). Small masks are drawn as text; --png writes a picture of any size, from block occupancy
-when the conversation is long. The last line is {"tokens": n, "edges": n, "samples": n, "pairs": n, "png": path}.
+Columns: index, token, role, turn, position, until (first row that no longer sees it), targets (what
+the row is trained to predict). Small masks are drawn as text; --png writes a picture of any size,
+from block occupancy when the conversation is long. The last line is {"tokens": n, "edges": n,
+"samples": n, "pairs": n, "png": path}.
 """
 
 import pathlib

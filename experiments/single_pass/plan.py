@@ -3,10 +3,11 @@
 
     python -m experiments.single_pass.plan --config=configs/single_pass.py:smoke --data=FILE.jsonl
 
-Counts tokens, visible attention pairs and model FLOPs of whole conversations for each mode, packs them as
-training would, and estimates memory. The last line is {"modes": {"tree": {"tokens": n, "pairs": n,
-"flops": x, ...}, "paper": {...} or null, "n_pass": {...}, ...}, "predicted_speedup": n_pass flops / tree
-flops, "packing": {"tree": fill, ...}}. A mode that refuses the data is null, with the reason in "refused".
+Counts tokens, visible attention pairs and model FLOPs of whole conversations for each mode, packs
+them as training would, and estimates memory. The last line is {"modes": {"tree": {"tokens": n,
+"pairs": n, "flops": x, ...}, "paper": {...} or null, "n_pass": {...}, ...}, "predicted_speedup":
+n_pass flops / tree flops, "packing": {"tree": fill, ...}}. A mode that refuses the data is null,
+with the reason in "refused".
 """
 
 import json

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a model on multi-turn reasoning conversations, every turn in one forward pass.
 
-    python -m experiments.single_pass.train --config=configs/single_pass.py:smoke --workdir=DIR [--data=FILE.jsonl]
+    python -m experiments.single_pass.train --config=configs/single_pass.py:smoke \
+        --workdir=DIR [--data=FILE.jsonl]
 
-Run the same command again to resume: it goes on from the newest whole checkpoint in the workdir, bit for bit
-on CPU. The last line is {"step": n, "loss": x, "params_sha256": "..."}.
+Run the same command again to resume: it goes on from the newest whole checkpoint in the workdir,
+bit for bit on CPU. The last line is {"step": n, "loss": x, "params_sha256": "..."}.
 """
 
 from absl import flags

@@ -3,12 +3,13 @@
 
     python -m experiments.single_pass.verify --config=configs/single_pass.py:smoke --data=FILE.jsonl
 
-Takes every conversation whole (no seq_len, packing or sampling) in float32 at the highest matmul precision,
-unless --dtype and --implementation choose the path that training will use. Exit status 1 when per-token
-losses, gradients, positions or visibility disagree: losses beyond 1e-5 nats (relative above 1 nat), gradients
-beyond 1e-4 of the array's largest; 2e-2 for both in bfloat16 and float16. --corrupt plants an error, which must be caught.
-The last line is {"conversations": n, "turns": n, "edges": n, "max_abs_loss": x, "max_rel_grad": x,
-"position_errors": n, "visibility_errors": n}.
+Takes every conversation whole (no seq_len, packing or sampling) in float32 at the highest matmul
+precision, unless --dtype and --implementation choose the path that training will use. Exit status 1
+when per-token losses, gradients, positions or visibility disagree: losses beyond 1e-5 nats
+(relative above 1 nat), gradients beyond 1e-4 of the array's largest; 2e-2 for both in bfloat16 and
+float16.
+--corrupt plants an error, which must be caught. The last line is {"conversations": n, "turns": n,
+"edges": n, "max_abs_loss": x, "max_rel_grad": x, "position_errors": n, "visibility_errors": n}.
 """
 
 import dataclasses

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training row is made of: tokens with explicit positions and visibility, and edges to train.
+"""What a training row is made of: tokens with explicit positions and visibility, and edges to
+train.
 
-Labels are data. An edge says "row r predicts token t with weight w"; the loss never shifts anything, so a
-layout is free to say what follows what. A row can carry several edges (a prefix tree that branches there).
+Labels are data. An edge says "row r predicts token t with weight w"; the loss never shifts
+anything, so a layout is free to say what follows what. A row can carry several edges (a prefix tree
+that branches there).
 """
 
 import dataclasses
@@ -12,7 +14,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One self-contained piece of training data: a tree, a chain, or any layout with explicit edges.
+    """One self-contained piece of training data: a tree, a chain, or any layout with explicit
+    edges.
 
     Row i sees key j iff `j <= i < until[j]`; indices are local to the layout.
     """

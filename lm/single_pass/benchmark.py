@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time, throughput, memory and FLOPs of several modes: same data, model and device, in one run.
+"""Step time, throughput, memory and FLOPs of several modes: same data, model and device, in one
+run.
 
-All modes give rows of the same shape, so one compiled step serves them all, and steps of the modes alternate:
-what differs is only what the rows hold.
+All modes give rows of the same shape, so one compiled step serves them all, and steps of the modes
+alternate: what differs is only what the rows hold.
 """
 
 import dataclasses
@@ -74,8 +75,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Median step times of the config's own train step; the first mode is compared with the last.
 
-    Returns rows per mode and `speedup` (conversations per second) and `flop_ratio` (model FLOPs per conversation,
-    padding of both counted), each of the first mode against the last.
+    Returns rows per mode and `speedup` (conversations per second) and `flop_ratio` (model FLOPs per
+    conversation, padding of both counted), each of the first mode against the last.
     """
     if len(modes) < 2:
         raise UserError("--modes needs at least two, such as tree,n_pass")
@@ -188,7 +189,8 @@ def _result(entries: Sequence[_Mode], memory: int, batch_size: int) -> dict[str,
 
 
 def add_cost(result: dict[str, Any], chip_price: float) -> None:
-    """Adds `cost` to each row: money per million conversations trained, at a price per chip-hour."""
+    """Adds `cost` to each row: money per million conversations trained, at a price per chip-
+    hour."""
     for row in result["rows"]:
         hours = 1e6 / row["conversations_per_s"] / 3600 * jax.device_count()
         row["cost"] = hours * chip_price

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The A/B that a team runs before it switches: several modes trained on the same data from the same start.
+"""The A/B that a team runs before it switches: several modes trained on the same data from the same
+start.
 
-All modes see the same conversations for the same epochs. The optimiser steps are made equal too: a mode whose
-rows hold fewer conversations gets proportionally more rows per step, so that a step of every mode trains about
-the same conversations and one learning rate suits all.
+All modes see the same conversations for the same epochs. The optimiser steps are made equal too: a
+mode whose rows hold fewer conversations gets proportionally more rows per step, so that a step of
+every mode trains about the same conversations and one learning rate suits all.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ class Options:
 
 
 def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str, Any]]:
-    """One row per mode: quality, time, chip-hours, cost. Each mode trains in its own folder of `workdir`.
+    """One row per mode: quality, time, chip-hours, cost. Each mode trains in its own folder of
+    `workdir`.
 
     Raises:
       UserError: fewer than two modes, an unknown one, or one that refuses the data.
@@ -62,7 +64,8 @@ def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str
 
 
 def held_out_conversations(config: Config) -> Sequence[Any]:
-    """The conversations for evaluation; training ones, with a line saying so, when none are held out."""
+    """The conversations for evaluation; training ones, with a line saying so, when none are held
+    out."""
     try:
         return setup.conversations(config.data, "validation")
     except UserError:
@@ -72,7 +75,8 @@ def held_out_conversations(config: Config) -> Sequence[Any]:
 
 
 def _equal_steps(resolved: setup.Setup, modes: Sequence[str]) -> dict[str, Config]:
-    """The config of each mode, with a batch size that gives every mode the steps of the first one."""
+    """The config of each mode, with a batch size that gives every mode the steps of the first
+    one."""
     config = resolved.config
     source = setup.conversations(config.data)
     counts = {}
@@ -127,10 +131,12 @@ def _run(
 
 
 def gradient_noise(own: setup.Setup, job: loop.Job, params: train.Params) -> float | None:
-    """Batch-to-batch variance of the gradient over its squared mean, tr(cov) / |mean|^2, at `params`.
+    """Batch-to-batch variance of the gradient over its squared mean, tr(cov) / |mean|^2, at
+    `params`.
 
-    Turns of a conversation share a batch in `tree`, so its batches may be less independent than those of shuffled
-    N-pass samples; this number says by how much it matters. Unbiased in both parts; None for fewer than two batches.
+    Turns of a conversation share a batch in `tree`, so its batches may be less independent than
+    those of shuffled N-pass samples; this number says by how much it matters. Unbiased in both
+    parts; None for fewer than two batches.
     """
     config = own.config
     source = setup.conversations(config.data)

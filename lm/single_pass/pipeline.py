@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From conversations to batches of rows: a grain pipeline that is shuffled, sharded, packed and resumable."""
+"""From conversations to batches of rows: a grain pipeline that is shuffled, sharded, packed and
+resumable."""
 
 import dataclasses
 from collections.abc import Sequence

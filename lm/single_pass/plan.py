@@ -205,10 +205,10 @@ def plan(
       `conversations`, `samples`, `seq_len`, `window`, `parameters`, and `modes`: per mode a dict,
       or None when it refuses the data (the reason is logged, and in `refused`). In it: `tokens`,
       `edges` (trained), `pairs` (visible) and `flops` of whole conversations, `padded_flops` of the
-      rows that they pack into, `token_ratio`, `predicted_speedup` and `padded_speedup` against n_pass,
-      `layouts`, `longest` (the least seq_len that needs no split), `rows`, `fill`, `memory_bytes`
-      of a step and `memory_bytes_longest` of one over the longest layout alone, and what was
-      dropped, truncated and split, as in `layouts.Report`.
+      rows that they pack into, `token_ratio`, `predicted_speedup` and `padded_speedup` against
+      n_pass, `layouts`, `longest` (the least seq_len that needs no split), `rows`, `fill`,
+      `memory_bytes` of a step and `memory_bytes_longest` of one over the longest layout alone, and
+      what was dropped, truncated and split, as in `layouts.Report`.
 
     Raises:
       UserError: unknown mode, `overlong` or `remat`.
@@ -262,7 +262,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 def lines(result: dict[str, Any]) -> list[str]:
     """The plan as a table for people."""
-    head = f"{'mode':<14}{'tokens':>12}{'pairs':>14}{'FLOPs':>10}{'speed-up':>10}{'fill':>7}{'memory':>10}"
+    head = f"{'mode':<14}{'tokens':>12}{'pairs':>14}{'FLOPs':>10}{'speed-up':>10}{'fill':>7}"
+    head += f"{'memory':>11}"
     out = [f"{result['conversations']} conversations, {result['samples']} turns", head]
     for name, mode in result["modes"].items():
         if mode is None:

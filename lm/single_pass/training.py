@@ -72,7 +72,8 @@ def job(resolved: setup.Setup, mode: str | None = None, profile: str = "") -> lo
 
 
 def batch_flops(model: ModelConfig, host: Mapping[str, np.ndarray]) -> float:
-    """Model FLOPs of a training step over these rows, padding counted as the tokens that it costs."""
+    """Model FLOPs of a training step over these rows, padding counted as the tokens that it
+    costs."""
     until = host["until"].astype(np.int64)
     pairs = (until - np.arange(until.shape[1])).clip(0).sum()
     edges = (host["edge_targets"] >= 0).sum()
@@ -132,4 +133,5 @@ def model_summary(resolved: setup.Setup) -> str:
     model = resolved.model
     trained = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(setup.abstract_trained(model)))
     total = transformer.count_parameters(model)
-    return f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained, vocabulary {model.vocab_size}"
+    sizes = f"{total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
+    return f"{sizes}, vocabulary {model.vocab_size}"

@@ -199,7 +199,13 @@ def test_write_and_save_figures(tmp_path):
 def test_comparison_says_what_was_saved_and_what_it_cost():
     table = tables.comparison(
         {
-            "tree": {"tokens": 100, "seconds": 5.0, "exact_match": 0.9, "final_loss": 0.25},
+            "tree": {
+                "tokens": 100,
+                "seconds": 5.0,
+                "exact_match": 0.9,
+                "final_loss": 0.25,
+                "cost": 0.0,
+            },
             "n_pass": {"tokens": 250, "seconds": 4.0, "exact_match": 0.925, "final_loss": 0.25},
         }
     )
@@ -209,6 +215,7 @@ def test_comparison_says_what_was_saved_and_what_it_cost():
     assert lines["exact match"] == ("90.0 %", "92.5 %", "-2.5 points")
     assert lines["held-out loss, nats/token"] == ("0.2500", "0.2500", "+0.0000")
     assert "gradient noise" not in lines
+    assert "cost" not in lines  # nothing is known of its price
 
 
 def test_text_table_is_aligned():
