@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demos: which there are, and that the whole of one ends with a table that means something."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lm import report
+
+
+def command(*arguments):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.demo", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+
+
+def test_an_unknown_demo_is_one_clear_line(tmp_path):
+    got = command("--only=nonsense", f"--workdir={tmp_path}/demo")
+    assert got.returncode == 2
+    (line,) = got.stderr.splitlines()
+    assert "nonsense" in line
+    assert "single_pass" in line
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+def test_single_pass_demo(tmp_path):
+    folder = tmp_path / "demo"
+    got = command("--only=single_pass", f"--workdir={folder}")
+    assert got.returncode == 0, got.stderr
+    *lines, last = got.stdout.splitlines()
+    result = json.loads(last)
+    page = pathlib.Path(result["report"]).read_text()
+    assert page.startswith("<!doctype html>")
+    rows = {row["mode"]: row for row in result["demos"]["single_pass"]["rows"]}
+    assert set(rows) == {"tree", "n_pass"}
+    for row in rows.values():
+        assert row["exact_match"] > 0.8
+        assert row["n"] > 150
+    run = report.gather([folder / "single_pass"])[0]
+    measured = report.compared(run)
+    assert measured["n_pass"]["tokens"] > 1.8 * measured["tree"]["tokens"]
+    assert measured["tree"]["conversations_per_s"] > 1.2 * measured["n_pass"]["conversations_per_s"]
+    assert "no difference beyond chance" in report.verdict(measured)[0]
+    table = {line.split("  ")[0]: line for line in lines}
+    for quantity in ("tokens through the model", "attention pairs", "model FLOPs", "exact match"):
+        assert quantity in table
+
+    # again: it goes on from what is there, and says the same
+    began = time.monotonic()
+    again = command("--only=single_pass", f"--workdir={folder}")
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("already trained") == 2
+    assert time.monotonic() - began < result["demos"]["single_pass"]["seconds"]
+    repeated = json.loads(again.stdout.splitlines()[-1])["demos"]["single_pass"]["rows"]
+    assert [row["exact_match"] for row in repeated] == [row["exact_match"] for row in rows.values()]
