@@ -12,6 +12,8 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])'
 LOCK = $(wildcard requirements/$(if $(filter user,$(1)),,$(1)-)$(TAG).lock)
 LOOSE = $(if $(filter user,$(1)),requirements.txt,requirements/$(1).txt)
 SET = $(or $(call LOCK,$(1)),$(call LOOSE,$(1)))
+# one worker per file at a time; fixtures are per file
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
@@ -32,10 +34,10 @@ demo: $(VENV)/.user
 	$(BIN)/python -m experiments.demo --only=$(ONLY) --workdir=demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu and not slow" tests
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu and not slow" tests
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu" tests
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu" tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A strict world for every test: four CPU devices, no silent rank promotion, full matmul
-precision."""
+"""A strict world for every test: four CPU devices, no silent rank promotion, full precision."""
 
 import os
 
@@ -10,11 +9,16 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
+import atexit
+import shutil
 import tempfile
 
-# compiled programs are shared by the tests of one session, and by the commands that they start
-_CACHE = tempfile.TemporaryDirectory(prefix="skim-xla-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # compiled programs and prepared data are shared by this session's workers and commands
+    _SHARED = tempfile.mkdtemp(prefix="skim-tests-")
+    atexit.register(shutil.rmtree, _SHARED, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_SHARED}/xla"
+    os.environ["SKIM_CACHE"] = f"{_SHARED}/data"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
@@ -23,8 +27,9 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# the longest files start first, so that two workers end together
+_FIRST = ("tests/test_compile.py", "tests/test_notebooks.py", "tests/lm/test_resume.py")
 
-@pytest.fixture(autouse=True, scope="session")
-def _skim_cache(tmp_path_factory):
-    """Prepared data sets go to a directory of this session."""
-    os.environ["SKIM_CACHE"] = str(tmp_path_factory.mktemp("skim-cache"))
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 8B preset, compiled whole for 64 chips by the real TPU compiler; the chip's memory decides."""
+"""The 8B preset, compiled whole for 64 chips by the real TPU compiler; its memory decides."""
 
 import json
 

@@ -24,6 +24,7 @@ def run(config: Config, workdir: Workdir, profile: bool = False) -> loop.Result:
     resolved = setup.resolve(config, workdir.path / "tokenizer")
     if config.data.tokenizer.startswith("bpe:") and not (workdir.path / "tokenizer").is_dir():
         resolved.tokenizer.save(workdir.path / "tokenizer")
+    say(model_summary(resolved))
     return loop.fit(
         job(resolved, profile=str(workdir.path / "profile") if profile else ""), workdir
     )
