@@ -26,8 +26,7 @@ $(VENV)/bin/python:
 $(VENV)/.%: requirements.txt $(VENV)/bin/python pyproject.toml
 	@test -e "$(call LOOSE,$*)" || { echo "no such set: EXTRA=$*" >&2; exit 2; }
 	$(BIN)/python -m pip install -q --disable-pip-version-check -r $(call SET,$*)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . || \
-	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 demo: $(VENV)/.user
