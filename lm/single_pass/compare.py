@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import loop, losses, setup, train
+from lm import loop, losses, setup, sharding, train
 from lm.config import Config
 from lm.errors import UserError
 from lm.progress import say
@@ -49,15 +49,16 @@ def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str
     workdir.create(config)
     workdir.record(config)
     resolved = setup.resolve(config, workdir.path / "tokenizer")
-    if config.data.tokenizer.startswith("bpe:"):
-        resolved.tokenizer.save(workdir.path / "tokenizer")
+    training.save_tokenizer(resolved, workdir)
     held_out = held_out_conversations(config)
     plans = _equal_steps(resolved, modes)
     rows = []
     for mode in modes:
-        own = dataclasses.replace(resolved, config=plans[mode], requested=plans[mode])
+        requested, steps = plans[mode]
+        full = dataclasses.replace(requested, model=resolved.model)
+        own = dataclasses.replace(resolved, config=full, requested=requested)
         folder = Workdir(workdir.path / mode.replace(":", "_"))
-        row = _run(own, mode, folder, held_out, options)
+        row = _run(own, folder, steps, held_out, options)
         workdir.append("compare.jsonl", {"kind": "compare", "method": mode, **row})
         rows.append(row)
     return rows
@@ -74,10 +75,9 @@ def held_out_conversations(config: Config) -> Sequence[Any]:
         return setup.First(source, min(len(source), config.data.eval_conversations))
 
 
-def _equal_steps(resolved: setup.Setup, modes: Sequence[str]) -> dict[str, Config]:
-    """The config of each mode, with a batch size that gives every mode the steps of the first
-    one."""
-    config = resolved.config
+def _equal_steps(resolved: setup.Setup, modes: Sequence[str]) -> dict[str, tuple[Config, int]]:
+    """Per mode its config, with a batch size that makes steps equal, and its steps."""
+    config = resolved.requested
     source = setup.conversations(config.data)
     counts = {}
     for mode in modes:
@@ -86,22 +86,26 @@ def _equal_steps(resolved: setup.Setup, modes: Sequence[str]) -> dict[str, Confi
         if not counts[mode]:
             raise UserError(f"mode {mode}: the data gives no row")
     steps = math.ceil(counts[modes[0]] / config.train.batch_size)
+    mesh = sharding.make(config.mesh, resolved.model)
+    unit = config.train.accumulate * (1 if mesh is None else mesh.size("batch"))
     plans = {}
     for mode in modes:
-        unit = config.train.accumulate
         size = math.ceil(counts[mode] / steps / unit) * unit
         train_config = dataclasses.replace(config.train, steps=0, batch_size=size)
         data = dataclasses.replace(config.data, mode=mode)
-        plans[mode] = dataclasses.replace(config, train=train_config, data=data)
+        own = dataclasses.replace(config, train=train_config, data=data)
+        plans[mode] = own, math.ceil(counts[mode] / size)
         say(f"{mode}: {counts[mode]} rows, {size} per step")
     return plans
 
 
 def _run(
-    own: setup.Setup, mode: str, folder: Workdir, held_out: Sequence[Any], options: Options
+    own: setup.Setup, folder: Workdir, steps: int, held_out: Sequence[Any], options: Options
 ) -> dict[str, Any]:
-    folder.create(own.config)
-    job = training.job(own, mode=mode)
+    mode = own.config.data.mode
+    folder.create(own.requested)
+    training.save_tokenizer(own, folder)
+    job = training.job(own, total_steps=steps)
     say(f"{mode}: {job.total_steps} steps of {own.config.train.batch_size} rows")
     result = loop.fit(job, folder)
     folder.append("seconds.jsonl", {"step": result.step, "seconds": result.seconds})
@@ -126,18 +130,18 @@ def _run(
         "seed": own.config.train.seed,
     }
     if options.noise:
-        row["gradient_noise"] = gradient_noise(own, job, result.state.params)
+        row["gradient_noise"] = gradient_noise(own, job)
     return row
 
 
-def gradient_noise(own: setup.Setup, job: loop.Job, params: train.Params) -> float | None:
-    """Batch-to-batch variance of the gradient over its squared mean, tr(cov) / |mean|^2, at
-    `params`.
+def gradient_noise(own: setup.Setup, job: loop.Job) -> float | None:
+    """Batch-to-batch variance of the gradient over its squared mean, tr(cov) / |mean|^2.
 
     Turns of a conversation share a batch in `tree`, so its batches may be less independent than
-    those of shuffled N-pass samples; this number says by how much it matters. Unbiased in both
-    parts; None for fewer than two batches.
+    those of shuffled N-pass samples; this number says by how much. It is taken at the start, which
+    all modes share. Unbiased in both parts; None for fewer than two full batches.
     """
+    params = job.initial()
     config = own.config
     source = setup.conversations(config.data)
     dataset = pipeline.batches(

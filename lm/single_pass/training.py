@@ -22,16 +22,22 @@ def run(config: Config, workdir: Workdir, profile: bool = False) -> loop.Result:
     """Trains, or goes on training, in `workdir`. Raises UserError and RunError."""
     workdir.create(config)
     resolved = setup.resolve(config, workdir.path / "tokenizer")
-    if config.data.tokenizer.startswith("bpe:") and not (workdir.path / "tokenizer").is_dir():
-        resolved.tokenizer.save(workdir.path / "tokenizer")
+    save_tokenizer(resolved, workdir)
     say(model_summary(resolved))
     return loop.fit(
         job(resolved, profile=str(workdir.path / "profile") if profile else ""), workdir
     )
 
 
-def job(resolved: setup.Setup, mode: str | None = None, profile: str = "") -> loop.Job:
-    """The job of a resolved config; `mode` overrides data.mode."""
+def save_tokenizer(resolved: setup.Setup, workdir: Workdir) -> None:
+    """Keeps a tokenizer that was trained for this run: other data would give another one."""
+    directory = workdir.path / "tokenizer"
+    if resolved.config.data.tokenizer.startswith("bpe:") and not directory.is_dir():
+        resolved.tokenizer.save(directory)
+
+
+def job(resolved: setup.Setup, total_steps: int | None = None, profile: str = "") -> loop.Job:
+    """The job of a resolved config. total_steps: of its epochs, if the caller has counted them."""
     config = resolved.config
     model, data = config.model, config.data
     mesh = sharding.make(config.mesh, model)
@@ -46,13 +52,12 @@ def job(resolved: setup.Setup, mode: str | None = None, profile: str = "") -> lo
     rows = pipeline.rows(
         resolved,
         source,
-        mode=mode,
         epochs=None if endless else config.train.epochs,
         process=process,
     )
     local = config.train.batch_size // jax.process_count()
     dataset = pipeline.batches(rows, local, data.seq_len)
-    steps = config.train.steps if endless else pipeline.count_batches(dataset)
+    steps = config.train.steps or total_steps or pipeline.count_batches(dataset)
     if not steps:
         raise UserError("the data gives no row to train on")
     execution = execution_of(resolved, mesh)
