@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a trained run as a Hugging Face checkpoint, adapters merged, tokenizer and template included.
+"""Writes a trained run as a Hugging Face checkpoint: adapters merged, with tokenizer and template.
 
-    python -m experiments.export --checkpoint=WORKDIR --hf_dir=DIR [--family=llama] [--dtype=bfloat16]
+    python -m experiments.export --checkpoint=WORKDIR --hf_dir=DIR [--dtype=bfloat16]
 
 The last line is {"hf_dir": path, "family": ..., "parameters": n}.
 """

@@ -3,6 +3,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from typing import Any
 
 import grain
@@ -58,7 +59,12 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, data: grain.DatasetIterator, meta: dict[str, Any]
     ) -> None:
-        """Starts writing; errors of an earlier write surface here or in `wait`."""
+        """Starts writing; errors of an earlier write surface here or in `wait`.
+
+        Raises:
+          RunError: no room on the disk.
+        """
+        self._check_room(state)
         partial = self.directory / str(step)
         if step in self._manager.all_steps() and not _whole(partial):
             self._manager.delete(step)
@@ -70,6 +76,22 @@ class Checkpoints:
                     data=grain.checkpoint.CheckpointSave(data),
                     meta=ocp.args.JsonSave(meta),
                 ),
+            )
+
+    def _check_room(self, state: Any) -> None:
+        """Refuses before the write what cannot succeed: half a checkpoint helps nobody."""
+        arrays = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+        needed = sum(
+            shard.data.nbytes
+            for x in arrays
+            for shard in x.addressable_shards
+            if not shard.replica_id
+        )
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise RunError(
+                f"cannot write the checkpoint: No space left on device ({needed / 2**20:.1f} MiB "
+                f"needed, {free / 2**20:.1f} MiB free in {self.directory})"
             )
 
     def wait(self) -> None:

@@ -27,9 +27,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
 
 
-def start(module: str, *flags: str, **options: Any) -> subprocess.Popen:
-    """The command as a running process."""
+def start(module: str, *flags: str, file_kib: int = 0) -> subprocess.Popen:
+    """The command as a running process. file_kib: writes fail beyond this size of a file."""
     command = [sys.executable, "-m", f"experiments.{module}", *map(str, flags)]
+    if file_kib:
+        shell = f'trap "" XFSZ; ulimit -f {file_kib}; exec "$@"'
+        command = ["bash", "-c", shell, "bash", *command]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -37,7 +40,6 @@ def start(module: str, *flags: str, **options: Any) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
