@@ -104,6 +104,10 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
             _exit(2, str(error))
         except RunError as error:
             _exit(1, str(error))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            _exit(1, f"out of device memory: {' '.join(str(error).split())[:200]}")
         except OSError as error:
             _exit(1, f"{error.filename or 'input/output'}: {error.strerror or error}")
         except KeyboardInterrupt:

@@ -91,13 +91,6 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
             raise
         raise RunError(f"{topology}: the step does not fit: {_used(str(error))}") from None
     seconds = time.monotonic() - began
-    memory = compiled.memory_analysis()
-    used = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
     chip = hardware.chip(devices[0])
     if chip is None:
         raise UserError(f"no data sheet for {devices[0].device_kind}")
@@ -107,7 +100,7 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "chips": len(devices),
-        "bytes_per_chip": int(used),
+        "bytes_per_chip": hardware.compiled_bytes(compiled),
         "hbm_bytes": chip.memory,
         "flops_per_chip": flops / len(devices),
         "compile_s": round(seconds, 1),

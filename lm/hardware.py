@@ -32,3 +32,14 @@ def chip(device: jax.Device | None = None) -> Chip | None:
     """The data sheet of a device (default: the first), or None for one that is not listed."""
     device = jax.devices()[0] if device is None else device
     return CHIPS.get(device.device_kind)
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Device memory of a compiled program: argument + output - alias + temporaries, per device."""
+    stats = compiled.memory_analysis()
+    return int(
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+    )

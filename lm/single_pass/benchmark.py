@@ -132,14 +132,7 @@ def _compiled(resolved, mesh, host):
     frozen = setup.frozen_params(resolved, mesh)
     jitted = jax.jit(step, donate_argnums=0)
     compiled = jitted.lower(state, frozen, train.to_device(host, mesh)).compile()
-    stats = compiled.memory_analysis()
-    used = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-    )
-    return compiled, state, frozen, int(used)
+    return compiled, state, frozen, hardware.compiled_bytes(compiled)
 
 
 def _count(entry: _Mode, host: losses.Batch, resolved: setup.Setup) -> None:

@@ -27,6 +27,8 @@ from lm.single_pass import duplicates, tree
 from lm.single_pass.samples import Sample
 
 OVERLONG = ("drop", "truncate")
+_SAID_IN_FULL = 5
+_said = itertools.count()
 _NAMES = ("tree", "n_pass", "n_pass_merged", "paper")
 _K_PASS = re.compile(r"k_pass(?::(\d+)|\((\d+)\))")
 
@@ -164,8 +166,10 @@ def _fit(
 
 
 def _say(report: Report, reason: str) -> None:
+    """Each of the first losses of a process has its line; the report counts every one."""
     report.reasons.append(reason)
-    logging.warning("%s", reason)
+    if next(_said) < _SAID_IN_FULL:
+        logging.warning("%s", reason)
 
 
 def _groups(samples: Sequence[Sample], mode: Mode) -> list[list[int]]:

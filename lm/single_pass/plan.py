@@ -71,11 +71,6 @@ def training_flops(model: ModelConfig, tokens: float, edges: float, pairs: float
     return float(tokens * per_token + edges * per_edge + pairs * per_pair)
 
 
-def flops_per_token(model: ModelConfig, edges: float = 0.0, pairs: float = 0.0) -> float:
-    """The same per token, for data with so many edges and visible pairs per token."""
-    return training_flops(model, 1, edges, pairs)
-
-
 def training_memory(model: ModelConfig, tokens: int, remat: str = "none", shards: int = 1) -> int:
     """Estimated bytes per chip of a training step over `tokens` tokens per chip.
 

@@ -11,10 +11,11 @@ from absl import logging
 
 from lm import loop, setup, sharding, train, transformer
 from lm.config import Config, ModelConfig
+from lm.data import packing
 from lm.errors import RunError, UserError
 from lm.losses import Execution
 from lm.progress import say
-from lm.single_pass import pipeline, plan, verify
+from lm.single_pass import layouts, pipeline, plan, verify
 from lm.workdir import Workdir
 
 
@@ -24,9 +25,10 @@ def run(config: Config, workdir: Workdir, profile: bool = False) -> loop.Result:
     resolved = setup.resolve(config, workdir.path / "tokenizer")
     save_tokenizer(resolved, workdir)
     say(model_summary(resolved))
-    return loop.fit(
-        job(resolved, profile=str(workdir.path / "profile") if profile else ""), workdir
-    )
+    prepared = job(resolved, profile=str(workdir.path / "profile") if profile else "")
+    result = loop.fit(prepared, workdir)
+    say(what_was_read(prepared))
+    return result
 
 
 def save_tokenizer(resolved: setup.Setup, workdir: Workdir) -> None:
@@ -75,6 +77,15 @@ def job(resolved: setup.Setup, total_steps: int | None = None, profile: str = ""
         hook=_hook(resolved) if config.train.verify_every else None,
         profile=profile,
     )
+
+
+def what_was_read(prepared: loop.Job) -> str:
+    """How full the rows were, and every count of what did not fit: nothing is lost in silence."""
+    totals = packing.statistics(prepared.data)
+    lost = {name: totals.get(name, 0) for name in layouts.COUNTS if not name.startswith("trained")}
+    lost.pop("samples", None)
+    parts = [f"{count:,.0f} {name.replace('_', ' ')}" for name, count in lost.items() if count]
+    return f"rows {totals['fill']:.1%} full; " + (", ".join(parts) or "nothing dropped or cut")
 
 
 def batch_flops(model: ModelConfig, host: Mapping[str, np.ndarray]) -> float:

@@ -163,6 +163,7 @@ def test_a_split_takes_as_many_samples_as_fit():
 def lines(monkeypatch):
     found = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: found.append(text % args))
+    monkeypatch.setattr(layouts, "_said", itertools.count())
     return found
 
 
@@ -253,3 +254,10 @@ def test_random_conversations_survive_every_mode_and_length(data):
         found, _ = layouts_of(samples, mode, seq_len)
         assert trained_by(found) == trained(samples)
         assert all(layout.length <= seq_len for layout in found)
+
+
+def test_only_the_first_losses_have_their_own_line(lines):
+    samples = of("two_turns")
+    reports = [layouts.layouts_of(samples, "tree", 20)[1] for _ in range(9)]
+    assert len(lines) == 5
+    assert sum(report.counts()["dropped_samples"] for report in reports) == 18
