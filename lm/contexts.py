@@ -150,7 +150,8 @@ class Prefill(_Sharded):
             jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), (layer, 0, 0, 0, 0))
             for whole, new in zip(state, (k, v), strict=True)
         )
-        visibility = Visibility.causal(k.shape[0], k.shape[1])
+        # rows of padding see nothing, so their blocks are skipped
+        visibility = Visibility(jnp.broadcast_to(self.lengths[:, None], k.shape[:2]))
         out = sharded_attention(q, k, v, visibility, self.sharding, self.implementation)
         return out, state
 
