@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+from tests.conftest import QUICK_COMPILE
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
     "--config.model.num_layers=1",
@@ -24,7 +26,7 @@ SMOKE = ("--config=configs/single_pass.py:smoke", *TINY)
 
 def environment() -> dict[str, str]:
     """One CPU device, like a user's machine; compiled programs are shared by the session."""
-    return os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+    return os.environ | {"XLA_FLAGS": QUICK_COMPILE, "PYTHONUNBUFFERED": "1"}
 
 
 def start(module: str, *flags: str, file_kib: int = 0) -> subprocess.Popen:

@@ -4,9 +4,14 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+# tests compile far more than they compute
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+_FLAGS = (
+    os.environ.get("XLA_FLAGS", ""),
+    QUICK_COMPILE,
+    "--xla_force_host_platform_device_count=4",
 )
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import atexit
