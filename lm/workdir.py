@@ -96,6 +96,8 @@ class Workdir:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops rows past `step`, so that a resumed run writes them again and once only."""
+        if jax.process_index():
+            return
         rows = self.rows("metrics.jsonl")
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) != len(rows):
