@@ -327,7 +327,7 @@ def test_json_array_lines(tmp_path, packed, bom, indent):
     text = "\n \n" + json.dumps([GOOD, {"messages": []}, GOOD], indent=indent) + "\n"
     path = tmp_path / "data.json"
     data = (b"\xef\xbb\xbf" if bom else b"") + text.encode()
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if packed else data)
     lines = [3, 3, 3]
     if indent:
         opens = [n for n, row in enumerate(text.split("\n"), 1) if row == "  {"]
@@ -362,12 +362,12 @@ def test_broken_array_is_fatal(tmp_path, text, line, reason, on_error):
 def test_jsonl_with_bom_blank_lines_and_gzip(tmp_path):
     line = json.dumps(GOOD).encode()
     data = b"\xef\xbb\xbf\r\n" + line + b"\r\n\n  \n" + line
-    for name, payload in [("a.jsonl", data), ("a.gz", gzip.compress(data))]:
+    for name, payload in [("a.jsonl", data), ("a.gz", gzip.compress(data, mtime=0))]:
         (tmp_path / name).write_bytes(payload)
         got = list(conversations.read_conversations(tmp_path / name))
         assert [c.line for c in got] == [2, 5]
     # Gzip is recognised by its content too, whatever the name.
-    (tmp_path / "b.jsonl").write_bytes(gzip.compress(data))
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(data, mtime=0))
     assert len(list(conversations.read_conversations(tmp_path / "b.jsonl"))) == 2
 
 
@@ -378,7 +378,7 @@ def test_jsonl_with_bom_blank_lines_and_gzip(tmp_path):
         ("blank.jsonl", b"\n \n", "no records: the file is empty"),
         ("empty.json", b"[ ]", "no records: the file is empty"),
         ("plain.gz", b'{"messages": []}', "bad gzip data: Not a gzipped file"),
-        ("cut.gz", gzip.compress(json.dumps(GOOD).encode())[:-20], "bad gzip data"),
+        ("cut.gz", gzip.compress(json.dumps(GOOD).encode(), mtime=0)[:-20], "bad gzip data"),
         ("utf16.json", '[{"messages": []}]'.encode("utf-16"), ":1: not UTF-8 text"),
         ("array.json", b'[\n{"messages": "\xe9"}]', ":2: not UTF-8 text"),
     ],
