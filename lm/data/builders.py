@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -246,12 +247,26 @@ def _write_errors() -> Iterator[None]:
         raise OSError(code, os.strerror(code) if full else str(error)) from error
 
 
+_quiet_lock = threading.Lock()
+_quiet_levels: list[int] = []  # of the threads that are inside
+_loud = logging.WARNING  # what to return to when the last one leaves
+
+
 @contextlib.contextmanager
 def quiet(level: int) -> Iterator[None]:
-    """Keeps TFDS's chatter out of the run's log: only messages of `level` and above pass."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(min(verbosity, level))
+    """Keeps TFDS's chatter out of the run's log: only messages of `level` and above pass.
+
+    Several threads may be inside at once; the last to leave restores what the first found.
+    """
+    global _loud
+    with _quiet_lock:
+        if not _quiet_levels:
+            _loud = logging.get_verbosity()
+        _quiet_levels.append(level)
+        logging.set_verbosity(min(_loud, *_quiet_levels))
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        with _quiet_lock:
+            _quiet_levels.remove(level)
+            logging.set_verbosity(min([_loud, *_quiet_levels]))

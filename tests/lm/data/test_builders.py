@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging as absl_logging
 
 from lm.data import arithmetic, builders, conversations, gsm8k
 from lm.data.messages import Conversation
@@ -150,3 +151,13 @@ assert "tensorflow" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_quiet_in_several_threads_restores_the_log():
+    before = absl_logging.get_verbosity()
+    first, second = builders.quiet(absl_logging.ERROR), builders.quiet(absl_logging.WARNING)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert absl_logging.get_verbosity() == before
