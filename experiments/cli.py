@@ -169,6 +169,10 @@ def _finite(value: Any) -> Any:
 
 
 def _exit(status: int, line: str) -> None:
+    """Ends with the one line. What libraries' threads complain of afterwards, while they are torn
+    down, would bury it."""
     sys.stdout.flush()
     print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     sys.exit(status)

@@ -139,8 +139,9 @@ def test_a_non_finite_loss_is_one_line(tmp_path):
     assert "non-finite loss or gradient at step" in line
 
 
-def test_a_disk_that_fails_midway_ends_in_one_line(tmp_path):
-    """The writers' own threads complain first; the command's own line comes last."""
+def test_a_disk_that_fails_midway_ends_in_one_line(tmp_path, finished):
+    """The writers' own threads complain first; the command's own line comes last. `finished` has
+    prepared the data, so that the checkpoint is the first large file."""
     _, err = commands.run(
         "single_pass.train", *FLAGS, f"--workdir={tmp_path}", status=1, file_kib=20
     )
