@@ -3,7 +3,14 @@
 
 import jax
 
-from ops import _heads, _masked_attention_reference, _masked_attention_xla, dispatch
+from ops import (
+    _heads,
+    _masked_attention_mosaic,
+    _masked_attention_reference,
+    _masked_attention_triton,
+    _masked_attention_xla,
+    dispatch,
+)
 from ops.visibility import Visibility
 
 
@@ -52,6 +59,8 @@ def masked_attention(
         {
             "reference": _masked_attention_reference.masked_attention,
             "xla": _masked_attention_xla.masked_attention,
+            "mosaic_gpu": _masked_attention_mosaic.masked_attention,
+            "triton": _masked_attention_triton.masked_attention,
         },
         q,
         k,

@@ -66,6 +66,7 @@ def triton_call(
     grid: tuple[int, ...],
     num_warps: int,
     num_stages: int,
+    capability: int,
     name: str,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
@@ -88,7 +89,7 @@ def triton_call(
             grid=grid,
             num_warps=num_warps,
             num_stages=num_stages,
-            compute_capability=capability(),
+            compute_capability=capability,
             name=name,
             **constants,
         )
