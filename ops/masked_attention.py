@@ -7,6 +7,7 @@ from ops import (
     _heads,
     _masked_attention_mosaic,
     _masked_attention_reference,
+    _masked_attention_tpu,
     _masked_attention_triton,
     _masked_attention_xla,
     dispatch,
@@ -59,6 +60,7 @@ def masked_attention(
         {
             "reference": _masked_attention_reference.masked_attention,
             "xla": _masked_attention_xla.masked_attention,
+            "pallas_tpu": _masked_attention_tpu.masked_attention,
             "mosaic_gpu": _masked_attention_mosaic.masked_attention,
             "triton": _masked_attention_triton.masked_attention,
         },
