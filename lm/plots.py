@@ -7,6 +7,7 @@ tell apart. Nothing here runs a model or knows a paper: rows are dicts with a `m
 
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -218,6 +219,36 @@ def speed(rows: Sequence[Row]) -> Figure:
         ("conversations_per_s", "conversations per second", ""),
     )
     return _bars(shown, tuple(p for p in panels if all(p[0] in row for row in shown.values())))
+
+
+@_styled
+def rates(rows: Sequence[Row]) -> Figure:
+    """TFLOP/s of an op, a panel per length and a group of bars per mask.
+
+    rows: with implementation, case, length and tflops; one per implementation, mask and length.
+    """
+    lengths = sorted({row["length"] for row in rows})
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    palette = dict(zip(names, itertools.cycle((*_COLOURS.values(), *_OTHERS)), strict=False))
+    figure, axes = _new(1.6 + 0.9 * len(cases) * len(lengths), 3.5, columns=len(lengths))
+    highest = max(row["tflops"] for row in rows)
+    width = 0.85 / len(names)
+    for column, length in enumerate(lengths):
+        panel = axes[column] if len(lengths) > 1 else axes
+        for place, name in enumerate(names):
+            shown = [r for r in rows if r["implementation"] == name and r["length"] == length]
+            x = [cases.index(row["case"]) + width * (place - len(names) / 2) for row in shown]
+            y = [row["tflops"] for row in shown]
+            panel.bar(x, y, width, align="edge", color=palette[name], label=name)
+        panel.set_xticks(range(len(cases)), [case.replace("_", " ") for case in cases])
+        panel.set_ylim(0, 1.05 * highest)
+        panel.set_title(f"{length:,} tokens")
+        panel.grid(False, axis="x")
+        if column == 0:
+            panel.set_ylabel("TFLOP/s on visible pairs")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
 
 
 def _bars(shown: Mapping[str, Row], panels: Sequence[tuple[str, str, str]]) -> Figure:
