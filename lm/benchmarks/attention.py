@@ -2,9 +2,8 @@
 """Our attention beside every alternative on the machine: one process, the same arrays, rounds
 interleaved.
 
-A sample is several calls in a row, so many that it lasts 20 ms, waited for at the end: starting a
-call is hidden behind the call before. Each round takes a sample of every contender, so that a
-change of clocks meets all of them; medians are compared.
+Each round takes a sample (`timing`) of every contender, so that a change of clocks meets all of
+them; medians are compared.
 """
 
 import dataclasses
@@ -13,8 +12,7 @@ import gc
 import importlib.metadata
 import itertools
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +22,43 @@ import numpy as np
 from lm.benchmarks import attention_alternatives as alternatives
 from lm.benchmarks import masks
 from lm.benchmarks.attention_problem import Prepared, Problem, parse_heads, prepare_jax
+from lm.benchmarks.timing import Stopwatch
 from lm.errors import UserError
+from ops import _masked_attention_mosaic as mosaic
+from ops import _masked_attention_triton as triton
+from ops import _masked_attention_xla as xla
 from ops import block_table, dispatch
 from ops.masked_attention import masked_attention
-from ops.visibility import Visibility
+from pallas_kernels import triton_call
+
+
+def _capability() -> int:
+    try:
+        return triton_call.capability()
+    except triton_call.Missing:
+        return 90
+
+
+# What each of ours computes from (visibility, q, k) before its forward kernel starts.
+BLOCK_LISTS: Mapping[str, Callable[..., Any]] = {
+    "mosaic_gpu": lambda visibility, q, k: mosaic._query_tiles(
+        visibility, q, k, mosaic.configs.plan(q.shape[3]).forward.units
+    ),
+    "triton": lambda visibility, q, k: triton._lists(
+        triton._table(
+            visibility,
+            q,
+            triton.configs.config("forward", _capability(), q.shape[3], q.dtype),
+        )
+    ),
+    "xla": lambda visibility, q, k: block_table.key_blocks(
+        visibility.block_table(
+            q.shape[1], *dataclasses.astuple(xla.block_sizes(q.shape[2], q.shape[1], k.shape[1]))
+        )
+    ),
+}
 
 PASSES = ("forward", "forward_backward")
-_SAMPLE_SECONDS = 0.02
 _FEWEST = 3  # samples, however long they take
 _COMPARED_ROWS = 512
 
@@ -48,7 +76,6 @@ class Plan:
     batch: int = 1
     repeats: int = 20
     seconds: float = 2.0  # of samples per contender
-    table_blocks: tuple[int, int] = (128, 128)
 
     def check(self) -> None:
         """Raises UserError for a name that does not exist."""
@@ -66,16 +93,13 @@ class Plan:
             parse_heads(heads)
 
 
-@dataclasses.dataclass
 class _Entry:
-    """A contender that serves, and its samples: seconds per call."""
+    """A contender that serves."""
 
-    name: str
-    prepared: Prepared
-    calls: int = 1
-    samples: list[float] = dataclasses.field(default_factory=list)
-    started: list[float] = dataclasses.field(default_factory=list)  # seconds to start a call
-    difference: float = 0.0  # from the first contender's results
+    def __init__(self, name: str, prepared: Prepared):
+        self.name, self.prepared = name, prepared
+        self.watch = Stopwatch(prepared.run, prepared.wait)
+        self.difference = 0.0  # from the first contender's results
 
 
 def measure(plan: Plan) -> Iterator[dict[str, Any]]:
@@ -84,7 +108,6 @@ def measure(plan: Plan) -> Iterator[dict[str, Any]]:
     for heads, length, name in itertools.product(plan.heads, plan.lengths, plan.cases):
         case = masks.case(name, length, plan.batch)
         problem = Problem.make(case, parse_heads(heads), plan.dtype)
-        table_ms = 1e3 * block_list_seconds(case.visibility, length, *plan.table_blocks)
         for passed in plan.passes:
             about = {
                 "case": name,
@@ -98,8 +121,9 @@ def measure(plan: Plan) -> Iterator[dict[str, Any]]:
             }
             for row in _one(plan, problem, passed == "forward_backward"):
                 row = about | row
-                if passed == "forward" and "ms" in row and row["implementation"] in ours():
-                    row |= {"table_ms": table_ms, "table_share": table_ms / row["ms"]}
+                if passed == "forward" and "ms" in row and row["implementation"] in BLOCK_LISTS:
+                    lists = 1e3 * block_list_seconds(row["implementation"], problem)
+                    row |= {"lists_ms": lists, "lists_share": lists / row["ms"]}
                 yield row
         del problem
         alternatives.release()
@@ -125,12 +149,11 @@ def _one(plan: Plan, problem: Problem, backward: bool) -> Iterator[dict[str, Any
             )
     _compare(entries, problem)
     for entry in entries:
-        _calibrate(entry)
+        entry.watch.calibrate()
     for _ in range(plan.repeats):
         for entry in entries:
-            spent = sum(entry.samples) * entry.calls
-            if len(entry.samples) < _FEWEST or spent < plan.seconds:
-                _sample(entry)
+            if len(entry.watch.samples) < _FEWEST or entry.watch.spent < plan.seconds:
+                entry.watch.sample()
     yield from (_row(entry, problem.flops(backward)) for entry in entries)
     yield from refused
 
@@ -156,41 +179,18 @@ def _compare(entries: Sequence[_Entry], problem: Problem) -> None:
         entry.difference = max(alternatives.difference(a, b) for a, b in same)
 
 
-def _calibrate(entry: _Entry) -> None:
-    """Warms up, and finds how many calls make a sample."""
-    for _ in range(3):
-        began = time.perf_counter()
-        result = None
-        for _ in range(entry.calls):
-            result = entry.prepared.run()
-        entry.prepared.wait(result)
-        seconds = (time.perf_counter() - began) / entry.calls
-        entry.calls = min(max(int(_SAMPLE_SECONDS / seconds) + 1, 1), 2000)
-
-
-def _sample(entry: _Entry) -> None:
-    began = time.perf_counter()
-    result = None
-    for _ in range(entry.calls):
-        result = entry.prepared.run()
-    started = time.perf_counter()
-    entry.prepared.wait(result)
-    entry.samples.append((time.perf_counter() - began) / entry.calls)
-    entry.started.append((started - began) / entry.calls)
-
-
 def _row(entry: _Entry, flops: float) -> dict[str, Any]:
-    median = statistics.median(entry.samples)
-    low, _, high = statistics.quantiles(entry.samples, n=4)
+    watch = entry.watch
+    low, median, high = statistics.quantiles(watch.samples, n=4, method="inclusive")
     row = {
         "implementation": entry.name,
         "ms": 1e3 * median,
         "ms_p25": 1e3 * low,
         "ms_p75": 1e3 * high,
         "tflops": flops / median / 1e12,
-        "start_ms": 1e3 * statistics.median(entry.started),
-        "samples": len(entry.samples),
-        "calls": entry.calls,
+        "start_ms": 1e3 * statistics.median(watch.started),
+        "samples": len(watch.samples),
+        "calls": watch.calls,
         "temp_bytes": entry.prepared.temp_bytes,
         "difference": entry.difference,
         **entry.prepared.measured,
@@ -198,27 +198,27 @@ def _row(entry: _Entry, flops: float) -> dict[str, Any]:
     return row | ({"notes": entry.prepared.notes} if entry.prepared.notes else {})
 
 
-def block_list_seconds(visibility: Visibility, num_rows: int, block_q: int, block_k: int) -> float:
-    """Seconds to find the blocks that a forward pass visits, as a part of a longer program."""
+def block_list_seconds(name: str, problem: Problem) -> float:
+    """Seconds that a forward pass of `name` takes to find its blocks, as a part of a longer
+    program."""
     repeats = 50
+    visibility, q, k = problem.case.visibility, problem.q, problem.k
 
     @jax.jit
     def program(visibility):
         def again(step, total):
             # not a constant of the loop, which the compiler would take out of it
             moved = dataclasses.replace(visibility, until=visibility.until + step // repeats)
-            found = block_table.key_blocks(moved.block_table(num_rows, block_q, block_k))
+            found = jax.tree.leaves(BLOCK_LISTS[name](moved, q, k))
             return total + sum(jnp.sum(x, dtype=jnp.int32) for x in found)
 
         return jax.lax.fori_loop(0, repeats, again, jnp.int32(0))
 
-    def once() -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(program(visibility))
-        return (time.perf_counter() - began) / repeats
-
-    once()
-    return statistics.median(once() for _ in range(5))
+    watch = Stopwatch(functools.partial(program, visibility), jax.block_until_ready)
+    watch.calibrate()
+    for _ in range(5):
+        watch.sample()
+    return watch.median / repeats
 
 
 def ratios(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -29,7 +29,7 @@ def test_attention_beside_its_alternatives(tmp_path):
         flops = 4 * 2 * 8 * row["pairs"] * (1 if row["pass"] == "forward" else 3.5)
         assert abs(row["tflops"] * row["ms"] * 1e9 - flops) < 1e-6 * flops
         if row["pass"] == "forward":
-            assert 0 < row["table_share"] == row["table_ms"] / row["ms"]
+            assert row["implementation"] == "reference" or row["lists_share"] > 0
     assert result["ratios"] == {}  # no alternative runs here
     assert "jax_triton on one_pass: plain causal attention only" in err
     lines = (tmp_path / "attention.jsonl").read_text().splitlines()

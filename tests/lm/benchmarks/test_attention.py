@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import plots
-from lm.benchmarks import attention, masks, random_masks
+from lm.benchmarks import attention, masks, random_masks, timing
 from lm.benchmarks import attention_alternatives as alternatives
 from lm.benchmarks.attention_problem import Heads, Prepared, Problem, parse_heads, repeat_heads
 from lm.errors import UserError
@@ -21,6 +21,10 @@ HEADS = Heads(4, 2, 8)
 
 def problem(name="async", length=200):
     return Problem.make(masks.case(name, length, batch=2), HEADS, "float32")
+
+
+def problem_of_head_dim_64():
+    return Problem.make(masks.case("one_pass", 1100), Heads(4, 2, 64), "bfloat16")
 
 
 @pytest.mark.parametrize("family", random_masks.FAMILIES)
@@ -39,6 +43,11 @@ def test_flops_are_those_of_visible_pairs():
     made = Problem.make(case, HEADS, "float32")
     assert made.flops(backward=False) == 2 * 2 * 4 * 8 * 7  # two products of 2 H each
     assert made.flops(backward=True) == 7 * 2 * 4 * 8 * 7  # seven products
+
+
+@pytest.mark.parametrize("name", attention.BLOCK_LISTS)
+def test_block_lists_are_timed(name):
+    assert 0 < attention.block_list_seconds(name, problem_of_head_dim_64()) < 1
 
 
 def test_ours_returns_outputs_and_gradients():
@@ -72,17 +81,17 @@ def test_a_wrong_contender_is_told_by_its_difference():
 
 def test_samples_are_long_enough_and_counted_per_call(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(attention.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def run():
         clock[0] += 0.003
         return ()
 
     entry = attention._Entry("a", Prepared(run, lambda result: result, 0, lambda *_: None))
-    attention._calibrate(entry)
-    assert entry.calls == 7  # of 3 ms, at least 20 ms
+    entry.watch.calibrate()
+    assert entry.watch.calls == 7  # of 3 ms, at least 20 ms
     for _ in range(4):
-        attention._sample(entry)
+        entry.watch.sample()
     row = attention._row(entry, flops=6e9)
     assert row["ms"] == pytest.approx(3.0)
     assert row["tflops"] == pytest.approx(2.0)
