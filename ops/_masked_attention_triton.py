@@ -95,12 +95,24 @@ def _attend_bwd(scale, plan, saved, cotangents):
     # d score = weight * (d weight - sum over keys of weight * d weight + d lse)
     shift = d_lse - jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     shift = jnp.where(lse == -jnp.inf, 0.0, shift.transpose(0, 2, 1))
-    arrays = (q, k, v, d_out, lse, shift, _vectors(visibility))
-    rows = _lists(_table(visibility, q, plan.dq))
-    keys = _lists(jnp.swapaxes(_table(visibility, q, plan.dkdv), 1, 2))
-    dq = _kernels().backward_q(*arrays, rows, scale, plan.dq, plan.capability)
-    dk, dv = _kernels().backward_kv(*arrays, keys, scale, plan.dkdv, plan.capability)
-    return (*varying_like((dq, dk, dv), q), None)
+    row_lists = _lists(_table(visibility, q, plan.dq))
+    key_lists = _lists(jnp.swapaxes(_table(visibility, q, plan.dkdv), 1, 2))
+    gradients = _kernels().backward(
+        q,
+        k,
+        v,
+        d_out,
+        lse,
+        shift,
+        _vectors(visibility),
+        row_lists,
+        key_lists,
+        scale,
+        plan.dq,
+        plan.dkdv,
+        plan.capability,
+    )
+    return (*varying_like(gradients, q), None)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

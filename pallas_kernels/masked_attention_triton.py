@@ -19,6 +19,8 @@ Scores are kept in units of log 2: `qk_scale` is scale * log2(e), and the log-su
 passes is base 2, [B, N, T].
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,14 @@ from pallas_kernels import triton_call
 from pallas_kernels.masked_attention_triton_config import Config
 
 LOG2_E = 1.4426950408889634
+
+# until, hidden_from, hidden_until [B, S] and row_offset [B], int32; the last three may be None,
+# hidden_from only with hidden_until
+Vectors = tuple[jax.Array, jax.Array | None, jax.Array | None, jax.Array | None]
+
+# Vectors over rows and keys are padded to a multiple of this, at least as long as any block: they
+# are then aligned, and loaded without bounds.
+PAD = tl.constexpr(256)
 
 
 @triton.jit
@@ -66,37 +76,30 @@ def _store_tile(pointer, values, start, length, stride, BLOCK: tl.constexpr, H: 
 
 
 @triton.jit
-def _vector(pointer, start, length, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+def _runs(spans, gap_starts, gap_spans, start, BLOCK: tl.constexpr, HIDDEN: tl.constexpr):
+    """What `_sees` needs of a block of keys."""
     place = start + tl.arange(0, BLOCK)
-    if WHOLE:
-        return tl.load(pointer + place)
-    return tl.load(pointer + place, mask=place < length, other=0)
+    span = tl.load(spans + place)
+    if HIDDEN:
+        return place, span, tl.load(gap_starts + place), tl.load(gap_spans + place)
+    return place, span, span, span
 
 
 @triton.jit
-def _runs(until, hidden_from, hidden_until, start, S, BLOCK: tl.constexpr, HIDDEN: tl.constexpr):
-    """The three vectors of a block of keys; keys from S on are seen by nobody."""
-    end = _vector(until, start, S, BLOCK, False)
+def _sees(rows, keys, span, gap_start, gap_span, HIDDEN: tl.constexpr):
+    """Whether start <= row < start + span, as one unsigned comparison for each run of rows."""
+    seen = (rows - keys).to(tl.uint32, bitcast=True) < span.to(tl.uint32, bitcast=True)
     if HIDDEN:
-        gap_start = _vector(hidden_from, start, S, BLOCK, False)
-        gap_end = _vector(hidden_until, start, S, BLOCK, False)
-        return end, gap_start, gap_end
-    return end, end, end
-
-
-@triton.jit
-def _sees(rows, keys, end, gap_start, gap_end, HIDDEN: tl.constexpr):
-    seen = (keys <= rows) & (rows < end)
-    if HIDDEN:
-        seen = seen & ((rows < gap_start) | (rows >= gap_end))
+        since = (rows - gap_start).to(tl.uint32, bitcast=True)
+        seen = seen & (since >= gap_span.to(tl.uint32, bitcast=True))
     return seen
 
 
 @triton.jit
-def _row_index(row_offset, sequence, start, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
+def _row_index(row_offset, start, BLOCK: tl.constexpr, OFFSET: tl.constexpr):
     rows = start + tl.arange(0, BLOCK)
     if OFFSET:
-        rows += tl.load(row_offset + sequence)
+        rows += tl.load(row_offset)
     return rows
 
 
@@ -107,7 +110,7 @@ def _product(a, b):
 
 @triton.jit
 def _forward_blocks(
-    state, q, rows, k, v, until, hidden_from, hidden_until, blocks, first, last, S, qk_scale,
+    state, q, rows, k, v, spans, gap_starts, gap_spans, blocks, first, last, S, qk_scale,
     STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr,
     HIDDEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -125,13 +128,12 @@ def _forward_blocks(
             base = new_largest
             weights = tl.exp2(scores * qk_scale - base[:, None])
         else:
-            end, gap_start, gap_end = _runs(
-                until, hidden_from, hidden_until, start, S, BLOCK_K, HIDDEN
+            index, span, gap_start, gap_span = _runs(
+                spans, gap_starts, gap_spans, start, BLOCK_K, HIDDEN
             )
-            index = start + tl.arange(0, BLOCK_K)
             seen = _sees(
-                rows[:, None], index[None, :], end[None, :], gap_start[None, :], gap_end[None, :],
-                HIDDEN,
+                rows[:, None], index[None, :], span[None, :], gap_start[None, :],
+                gap_span[None, :], HIDDEN,
             )  # fmt: skip
             scores = tl.where(seen, scores * qk_scale, float("-inf"))
             new_largest = tl.maximum(largest, tl.max(scores, 1))
@@ -148,7 +150,7 @@ def _forward_blocks(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, until, hidden_from, hidden_until, row_offset, full, needed, blocks, T, S, qk_scale,
+    q, k, v, spans, gap_starts, gap_spans, row_offset, full, needed, blocks, T, S, qk_scale,
     out, lse,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr,
@@ -161,14 +163,15 @@ def _forward_kernel(
     out += sequence * T * N * H + head * H
     k += sequence * S * K * H + key_head * H
     v += sequence * S * K * H + key_head * H
-    until += sequence * S
-    hidden_from += sequence * S
-    hidden_until += sequence * S
+    padded_keys = tl.cdiv(S, PAD) * PAD
+    spans += sequence * padded_keys
+    gap_starts += sequence * padded_keys
+    gap_spans += sequence * padded_keys
     listed = sequence * num_q + block
     num_full, num_needed = tl.load(full + listed), tl.load(needed + listed)
     blocks += listed * num_k
 
-    rows = _row_index(row_offset, sequence, start, BLOCK_Q, OFFSET)
+    rows = _row_index(row_offset + sequence, start, BLOCK_Q, OFFSET)
     queries = _tile(q, start, T, N * H, BLOCK_Q, H, False)
     state = (
         tl.zeros([BLOCK_Q, H], tl.float32),
@@ -176,11 +179,11 @@ def _forward_kernel(
         tl.full([BLOCK_Q], float("-inf"), tl.float32),
     )
     state = _forward_blocks(
-        state, queries, rows, k, v, until, hidden_from, hidden_until, blocks, 0, num_full, S,
+        state, queries, rows, k, v, spans, gap_starts, gap_spans, blocks, 0, num_full, S,
         qk_scale, K * H, H, BLOCK_K, HIDDEN, True,
     )  # fmt: skip
     weighted, total, largest = _forward_blocks(
-        state, queries, rows, k, v, until, hidden_from, hidden_until, blocks, num_full, num_needed,
+        state, queries, rows, k, v, spans, gap_starts, gap_spans, blocks, num_full, num_needed,
         S, qk_scale, K * H, H, BLOCK_K, HIDDEN, False,
     )  # fmt: skip
 
@@ -195,9 +198,9 @@ def _forward_kernel(
 
 @triton.jit
 def _dq_blocks(
-    dq, q, d_out, lse, shift, rows, k, v, until, hidden_from, hidden_until, blocks, first, last, S,
+    dq, q, d_out, lse, shift, rows, k, v, spans, gap_starts, gap_spans, blocks, first, last, S,
     qk_scale,
-    STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     HIDDEN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     block = tl.load(blocks + first, mask=first < last, other=0)
@@ -208,24 +211,24 @@ def _dq_blocks(
         block = tl.load(blocks + tl.minimum(step + 1, last - 1))
         weights = tl.exp2(_product(q, tl.trans(keys)) * qk_scale - lse[:, None])
         if not WHOLE:
-            end, gap_start, gap_end = _runs(
-                until, hidden_from, hidden_until, start, S, BLOCK_K, HIDDEN
+            index, span, gap_start, gap_span = _runs(
+                spans, gap_starts, gap_spans, start, BLOCK_K, HIDDEN
             )
-            index = start + tl.arange(0, BLOCK_K)
             seen = _sees(
-                rows[:, None], index[None, :], end[None, :], gap_start[None, :], gap_end[None, :],
-                HIDDEN,
+                rows[:, None], index[None, :], span[None, :], gap_start[None, :],
+                gap_span[None, :], HIDDEN,
             )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)
-        d_weights = _product(d_out, tl.trans(values))
-        d_scores = weights * (d_weights + shift[:, None])
+        d_weights = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32) + shift[:, None]
+        d_weights = tl.dot(d_out, tl.trans(values), d_weights, input_precision="ieee")
+        d_scores = weights * d_weights
         dq = tl.dot(d_scores.to(keys.dtype), keys, dq, input_precision="ieee")
     return dq
 
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, d_out, lse, shift, until, hidden_from, hidden_until, row_offset, full, needed, blocks,
+    q, k, v, d_out, lse, shift, spans, gap_starts, gap_spans, row_offset, full, needed, blocks,
     T, S, qk_scale, scale, dq,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr,
@@ -239,56 +242,62 @@ def _dq_kernel(
     dq += sequence * T * N * H + head * H
     k += sequence * S * K * H + key_head * H
     v += sequence * S * K * H + key_head * H
-    until += sequence * S
-    hidden_from += sequence * S
-    hidden_until += sequence * S
+    padded_keys = tl.cdiv(S, PAD) * PAD
+    spans += sequence * padded_keys
+    gap_starts += sequence * padded_keys
+    gap_spans += sequence * padded_keys
     listed = sequence * num_q + block
     num_full, num_needed = tl.load(full + listed), tl.load(needed + listed)
     blocks += listed * num_k
 
-    rows = _row_index(row_offset, sequence, start, BLOCK_Q, OFFSET)
+    rows = _row_index(row_offset + sequence, start, BLOCK_Q, OFFSET)
     queries = _tile(q, start, T, N * H, BLOCK_Q, H, False)
     d_outs = _tile(d_out, start, T, N * H, BLOCK_Q, H, False)
-    row_lse = _vector(lse + (sequence * N + head) * T, start, T, BLOCK_Q, False)
-    row_shift = _vector(shift + (sequence * N + head) * T, start, T, BLOCK_Q, False)
+    place = (sequence * N + head) * (tl.cdiv(T, PAD) * PAD) + start + tl.arange(0, BLOCK_Q)
+    row_lse, row_shift = tl.load(lse + place), tl.load(shift + place)
     sums = tl.zeros([BLOCK_Q, H], tl.float32)
     sums = _dq_blocks(
-        sums, queries, d_outs, row_lse, row_shift, rows, k, v, until, hidden_from, hidden_until,
-        blocks, 0, num_full, S, qk_scale, K * H, H, BLOCK_K, HIDDEN, True,
+        sums, queries, d_outs, row_lse, row_shift, rows, k, v, spans, gap_starts, gap_spans,
+        blocks, 0, num_full, S, qk_scale, K * H, H, BLOCK_Q, BLOCK_K, HIDDEN, True,
     )  # fmt: skip
     sums = _dq_blocks(
-        sums, queries, d_outs, row_lse, row_shift, rows, k, v, until, hidden_from, hidden_until,
-        blocks, num_full, num_needed, S, qk_scale, K * H, H, BLOCK_K, HIDDEN, False,
+        sums, queries, d_outs, row_lse, row_shift, rows, k, v, spans, gap_starts, gap_spans,
+        blocks, num_full, num_needed, S, qk_scale, K * H, H, BLOCK_Q, BLOCK_K, HIDDEN, False,
     )  # fmt: skip
     _store_tile(dq, sums * scale, start, T, N * H, BLOCK_Q, H)
 
 
 @triton.jit
 def _dkdv_blocks(
-    state, keys, values, index, runs, offset, q, d_out, lse, shift, blocks, first, last, T,
-    qk_scale,
+    state, keys, values, start_k, q, d_out, lse, shift, spans, gap_starts, gap_spans,
+    row_offset, blocks, first, last, T, qk_scale,
     GROUP: tl.constexpr, STRIDE: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr,
-    HIDDEN: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Adds what the query blocks `blocks[first:last]` of each head of the group contribute. One
     loop over both, so that the pipeline runs through; everything is [keys, queries]."""
     dk, dv = state
-    end, gap_start, gap_end = runs
+    padded_rows = tl.cdiv(T, PAD) * PAD
+    if not WHOLE:
+        index, span, gap_start, gap_span = _runs(
+            spans, gap_starts, gap_spans, start_k, BLOCK_K, HIDDEN
+        )
     block = tl.load(blocks + first, mask=first < last, other=0)
     for step in range(first * GROUP, last * GROUP):
         head = step % GROUP
         start = block * BLOCK_Q
         queries = _tile(q + head * H, start, T, STRIDE, BLOCK_Q, H, WHOLE)
         d_outs = _tile(d_out + head * H, start, T, STRIDE, BLOCK_Q, H, WHOLE)
-        row_lse = _vector(lse + head.to(tl.int64) * T, start, T, BLOCK_Q, WHOLE)
-        row_shift = _vector(shift + head.to(tl.int64) * T, start, T, BLOCK_Q, WHOLE)
+        place = head.to(tl.int64) * padded_rows + start
+        row_lse = tl.load(lse + place + tl.arange(0, BLOCK_Q))
+        row_shift = tl.load(shift + place + tl.arange(0, BLOCK_Q))
         block = tl.load(blocks + tl.minimum((step + 1) // GROUP, last - 1))
         weights = tl.exp2(_product(keys, tl.trans(queries)) * qk_scale - row_lse[None, :])
         if not WHOLE:
-            rows = offset + start + tl.arange(0, BLOCK_Q)
+            rows = _row_index(row_offset, start, BLOCK_Q, OFFSET)
             seen = _sees(
-                rows[None, :], index[:, None], end[:, None], gap_start[:, None], gap_end[:, None],
-                HIDDEN,
+                rows[None, :], index[:, None], span[:, None], gap_start[:, None],
+                gap_span[:, None], HIDDEN,
             )  # fmt: skip
             weights = tl.where(seen, weights, 0.0)
         dv = tl.dot(weights.to(d_outs.dtype), d_outs, dv, input_precision="ieee")
@@ -300,7 +309,7 @@ def _dkdv_blocks(
 
 @triton.jit
 def _dkdv_kernel(
-    q, k, v, d_out, lse, shift, until, hidden_from, hidden_until, row_offset, full, needed, blocks,
+    q, k, v, d_out, lse, shift, spans, gap_starts, gap_spans, row_offset, full, needed, blocks,
     T, S, qk_scale, scale, dk, dv,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr,
@@ -312,31 +321,31 @@ def _dkdv_kernel(
     first_head = key_head * GROUP
     q += sequence * T * N * H + first_head * H
     d_out += sequence * T * N * H + first_head * H
-    lse += (sequence * N + first_head) * T
-    shift += (sequence * N + first_head) * T
+    padded_rows = tl.cdiv(T, PAD) * PAD
+    lse += (sequence * N + first_head) * padded_rows
+    shift += (sequence * N + first_head) * padded_rows
     place = sequence * S * K * H + key_head * H
+    padded_keys = tl.cdiv(S, PAD) * PAD
+    spans += sequence * padded_keys
+    gap_starts += sequence * padded_keys
+    gap_spans += sequence * padded_keys
+    row_offset += sequence
     listed = sequence * num_k + block
     num_full, num_needed = tl.load(full + listed), tl.load(needed + listed)
     blocks += listed * num_q
 
-    offset = 0
-    if OFFSET:
-        offset = tl.load(row_offset + sequence)
-    index = start + tl.arange(0, BLOCK_K)
     keys = _tile(k + place, start, S, K * H, BLOCK_K, H, False)
     values = _tile(v + place, start, S, K * H, BLOCK_K, H, False)
-    runs = _runs(
-        until + sequence * S, hidden_from + sequence * S, hidden_until + sequence * S, start, S,
-        BLOCK_K, HIDDEN,
-    )  # fmt: skip
     state = tl.zeros([BLOCK_K, H], tl.float32), tl.zeros([BLOCK_K, H], tl.float32)
     state = _dkdv_blocks(
-        state, keys, values, index, runs, offset, q, d_out, lse, shift, blocks, 0, num_full, T,
-        qk_scale, GROUP, N * H, H, BLOCK_Q, HIDDEN, True,
+        state, keys, values, start, q, d_out, lse, shift, spans, gap_starts, gap_spans,
+        row_offset, blocks, 0, num_full, T, qk_scale, GROUP, N * H, H, BLOCK_Q, BLOCK_K, HIDDEN,
+        OFFSET, True,
     )  # fmt: skip
     sum_k, sum_v = _dkdv_blocks(
-        state, keys, values, index, runs, offset, q, d_out, lse, shift, blocks, num_full,
-        num_needed, T, qk_scale, GROUP, N * H, H, BLOCK_Q, HIDDEN, False,
+        state, keys, values, start, q, d_out, lse, shift, spans, gap_starts, gap_spans,
+        row_offset, blocks, num_full, num_needed, T, qk_scale, GROUP, N * H, H, BLOCK_Q, BLOCK_K,
+        HIDDEN, OFFSET, False,
     )  # fmt: skip
     _store_tile(dk + place, sum_k * scale, start, S, K * H, BLOCK_K, H)
     _store_tile(dv + place, sum_v, start, S, K * H, BLOCK_K, H)
@@ -346,9 +355,7 @@ def forward(
     q: jax.Array,  # [B, T, N, H]
     k: jax.Array,  # [B, S, K, H]
     v: jax.Array,  # [B, S, K, H]
-    vectors: tuple[
-        jax.Array | None, ...
-    ],  # until, hidden_from, hidden_until [B, S], row_offset [B]
+    vectors: Vectors,
     lists: tuple[jax.Array, ...],  # full [B, nq], needed [B, nq], blocks [B, nq, nk]; int32
     scale: float,
     config: Config,
@@ -357,8 +364,7 @@ def forward(
     """Output [B, T, N, H] in q's type and log-sum-exp in base 2, [B, N, T] float32.
 
     `lists`: for each query block its key blocks, the fully visible first; how many those are, and
-    how many there are in all. `vectors` may hold None for hidden_from with hidden_until, and for
-    row_offset. `scale` must not be negative.
+    how many there are in all. `scale` must not be negative.
     """
     B, T, N, _ = q.shape
     shapes = (
@@ -367,62 +373,84 @@ def forward(
     )
     scalars = (np.float32(scale * LOG2_E),)
     programs = B * N * -(-T // config.block_q)
-    return _launch(
-        _forward_kernel, (q, k, v), vectors, lists, scalars, shapes, programs, config, capability
-    )
+    launch = _Launch(vectors, lists, scalars, config, capability)
+    return launch(_forward_kernel, (q, k, v), shapes, programs)
 
 
-def backward_q(q, k, v, d_out, lse, shift, vectors, lists, scale, config, capability) -> jax.Array:
-    """dq, from `lse` and `shift` [B, N, T] float32: the forward's log-sum-exp, and d lse - sum(out
-    * d out) of each row. Other arguments as in `forward`."""
+def backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    d_out: jax.Array,  # [B, T, N, H]
+    lse: jax.Array,  # [B, N, T] float32, as `forward` returned it
+    shift: jax.Array,  # [B, N, T] float32: d lse - sum(out * d out) of each row
+    vectors: Vectors,
+    row_lists: tuple[jax.Array, ...],  # as in `forward`, for the blocks of `config_q`
+    key_lists: tuple[jax.Array, ...],  # of each key block over query blocks, for `config_kv`
+    scale: float,
+    config_q: Config,
+    config_kv: Config,
+    capability: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk and dv, in the types of q, k and v."""
     B, T, N, _ = q.shape
-    arrays = (q, k, v, d_out, lse, shift)
-    shapes = (jax.ShapeDtypeStruct(q.shape, q.dtype),)
+    S, K = k.shape[1:3]
+    # exp(score - inf) is 0: rows that see nothing, and those that fill up the last block
+    lse = _padded(jnp.where(lse == -jnp.inf, jnp.inf, lse), jnp.inf)
+    arrays = (q, k, v, d_out, lse, _padded(shift, 0.0))
+    shape_q, shape_k, shape_v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     scalars = (np.float32(scale * LOG2_E), np.float32(scale))
-    programs = B * N * -(-T // config.block_q)
-    return _launch(
-        _dq_kernel, arrays, vectors, lists, scalars, shapes, programs, config, capability
-    )[0]
+    launch = _Launch(vectors, row_lists, scalars, config_q, capability)
+    (dq,) = launch(_dq_kernel, arrays, (shape_q,), B * N * -(-T // config_q.block_q))
+    launch = _Launch(vectors, key_lists, scalars, config_kv, capability)
+    dk, dv = launch(_dkdv_kernel, arrays, (shape_k, shape_v), B * K * -(-S // config_kv.block_k))
+    return dq, dk, dv
 
 
-def backward_kv(
-    q, k, v, d_out, lse, shift, vectors, lists, scale, config, capability
-) -> tuple[jax.Array, jax.Array]:
-    """dk and dv. As `backward_q`, but `lists` are those of each key block over query blocks."""
-    B, S, K, _ = k.shape
-    arrays = (q, k, v, d_out, lse, shift)
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v))
-    scalars = (np.float32(scale * LOG2_E), np.float32(scale))
-    programs = B * K * -(-S // config.block_k)
-    return _launch(
-        _dkdv_kernel, arrays, vectors, lists, scalars, shapes, programs, config, capability
-    )
+def _padded(x: jax.Array, value: float | int) -> jax.Array:
+    tail = -x.shape[-1] % PAD.value
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, tail),), constant_values=value)
 
 
-def _launch(kernel, arrays, vectors, lists, scalars, shapes, programs, config, capability):
-    q, k = arrays[:2]
-    until, hidden_from, _, row_offset = vectors
-    # a pointer that the kernel does not follow stands for a vector that is not given
-    pointers = [until if vector is None else vector for vector in vectors]
-    return triton_call.triton_call(
-        kernel,
-        *arrays,
-        *pointers,
-        *lists,
-        q.shape[1],
-        k.shape[1],
-        *scalars,
-        out_shape=shapes,
-        grid=(programs,),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        capability=capability,
-        name=f"masked_attention{kernel.__name__}",
-        N=q.shape[2],
-        K=k.shape[2],
-        H=q.shape[3],
-        BLOCK_Q=config.block_q,
-        BLOCK_K=config.block_k,
-        HIDDEN=hidden_from is not None,
-        OFFSET=row_offset is not None,
-    )
+class _Launch(NamedTuple):
+    vectors: Vectors
+    lists: tuple[jax.Array, ...]
+    scalars: tuple[np.float32, ...]
+    config: Config
+    capability: int
+
+    def __call__(self, kernel, arrays, shapes, programs) -> tuple[jax.Array, ...]:
+        q, k = arrays[:2]
+        until, hidden_from, hidden_until, row_offset = self.vectors
+        key = jax.lax.broadcasted_iota(jnp.int32, until.shape, 1)
+        spans = _padded(jnp.maximum(until - key, 0), 0)
+        # a pointer that the kernel does not follow stands for a vector that is not given
+        gap_starts = gap_spans = spans
+        if hidden_from is not None:
+            gap_starts = _padded(hidden_from, 0)
+            gap_spans = _padded(jnp.maximum(hidden_until - hidden_from, 0), 0)
+        return triton_call.triton_call(
+            kernel,
+            *arrays,
+            spans,
+            gap_starts,
+            gap_spans,
+            spans if row_offset is None else row_offset,
+            *self.lists,
+            q.shape[1],
+            k.shape[1],
+            *self.scalars,
+            out_shape=shapes,
+            grid=(programs,),
+            num_warps=self.config.num_warps,
+            num_stages=self.config.num_stages,
+            capability=self.capability,
+            name=f"masked_attention{kernel.__name__}",
+            N=q.shape[2],
+            K=k.shape[2],
+            H=q.shape[3],
+            BLOCK_Q=self.config.block_q,
+            BLOCK_K=self.config.block_k,
+            HIDDEN=hidden_from is not None,
+            OFFSET=row_offset is not None,
+        )
