@@ -25,10 +25,11 @@ from lm.benchmarks import attention_check
 from lm.progress import Progress, say
 
 IMPLEMENTATION = flags.DEFINE_list("implementation", ["xla"], "which to check")
-DTYPES = flags.DEFINE_list("dtypes", list(attention_check.SHARES), "types of q, k and v")
-CASES = flags.DEFINE_integer("cases", 200, "masks in bfloat16", lower_bound=1)
+DTYPES = flags.DEFINE_list("dtypes", list(attention_check.DTYPES), "the first meets all masks")
+CASES = flags.DEFINE_integer("cases", 200, "masks", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the first mask")
 SMALL = flags.DEFINE_bool("small", False, "short arrays, for machines without an accelerator")
+WORKERS = flags.DEFINE_integer("workers", 4, "programs compiled at a time", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "directory for the rows and the table")
 
 
@@ -38,7 +39,7 @@ def main() -> dict[str, object]:
     rows = []
     with Progress("attention", None) as progress:
         for row in attention_check.sweep(
-            IMPLEMENTATION.value, DTYPES.value, CASES.value, SEED.value, shapes
+            IMPLEMENTATION.value, DTYPES.value, CASES.value, SEED.value, shapes, WORKERS.value
         ):
             rows.append(row)
             progress.advance()

@@ -6,9 +6,10 @@ exactly zero, whether everything is finite, and whether a second run gives the s
 share a few shapes, so that a few compiled programs serve all of them.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ from ops.visibility import Visibility
 TENSORS = ("out", "lse", "dq", "dk", "dv")
 # max |difference| / max |reference| of each tensor
 TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 3e-3}
-SHARES = {"bfloat16": 1.0, "float16": 0.15, "float32": 0.15}  # of the masks
+DTYPES = ("bfloat16", "float16", "float32")  # all masks in the first
+_SHARE = 0.15  # of the masks in the others
 _BATCH = 2
 
 
@@ -99,43 +101,88 @@ def problems(count: int, seed: int = 0, shapes: Sequence[Shape] = SHAPES) -> lis
     ]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _run(implementation: str, arrays: tuple[jax.Array, ...], mask: Visibility) -> dict[str, Any]:
-    q, k, v, d_out, d_lse = arrays
+def _signature(implementation: str, precision: str | None, arguments: Any) -> tuple:
+    leaves, structure = jax.tree.flatten(arguments)
+    return implementation, precision, structure, tuple((x.shape, x.dtype.name) for x in leaves)
 
-    def attend(q, k, v):
-        return masked_attention(q, k, v, mask, return_lse=True, implementation=implementation)
 
-    outputs, pullback = jax.vjp(attend, q, k, v)
-    return dict(zip(TENSORS, (*outputs, *pullback((d_out, d_lse))), strict=True))
+_programs: dict[tuple, Callable[..., Any]] = {}
+
+
+def _program(implementation: str, precision: str | None, arguments: Any) -> Callable[..., Any]:
+    """The compiled outputs and gradients for arguments (q, k, v, d_out, d_lse), mask. Raises
+    Unsupported."""
+
+    def program(arrays, mask):
+        q, k, v, d_out, d_lse = arrays
+
+        def attend(q, k, v):
+            return masked_attention(q, k, v, mask, return_lse=True, implementation=implementation)
+
+        outputs, pullback = jax.vjp(attend, q, k, v)
+        return dict(zip(TENSORS, (*outputs, *pullback((d_out, d_lse))), strict=True))
+
+    key = _signature(implementation, precision, arguments)
+    if key not in _programs:
+        with jax.default_matmul_precision(precision):
+            _programs[key] = jax.jit(program).lower(*arguments).compile()
+    return _programs[key]
+
+
+def _run(implementation: str, precision: str | None, arguments: Any) -> dict[str, np.ndarray]:
+    return jax.tree.map(np.asarray, _program(implementation, precision, arguments)(*arguments))
+
+
+def _reference_arguments(arrays: tuple[jax.Array, ...], mask: Visibility) -> tuple[Any, Any]:
+    """In float32, and with hidden vectors always: one program of the reference for all masks."""
+    if mask.hidden_from is None:
+        nothing = jnp.zeros_like(mask.until)
+        mask = dataclasses.replace(mask, hidden_from=nothing, hidden_until=nothing)
+    return tuple(x.astype(jnp.float32) for x in arrays), mask
+
+
+def _precision(dtype: str) -> str | None:
+    """XLA may compute float32 products in fewer bits, which is not what is compared here."""
+    return "highest" if dtype == "float32" else None
+
+
+def _compile_all(
+    chosen: Sequence[Problem], dtype: str, implementations: Sequence[str], workers: int
+) -> None:
+    """Compiles what the problems need, several programs at a time."""
+    jobs = {}
+    for problem in {(p.shape, p.mask().hidden_from is None): p for p in chosen}.values():
+        arguments = problem.arrays(dtype), problem.mask()
+        for name in implementations:
+            job = (name, _precision(dtype), arguments)
+            jobs[_signature(*job)] = job
+        job = ("reference", "highest", _reference_arguments(*arguments))
+        jobs[_signature(*job)] = job
+
+    def compile(job):
+        with contextlib.suppress(Unsupported):  # said when it is asked for
+            _program(*job)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        list(pool.map(compile, jobs.values()))
 
 
 def expected(problem: Problem, arrays: tuple[jax.Array, ...]) -> dict[str, np.ndarray]:
     """The reference on the same values in float32, with products in full float32."""
-    mask = problem.mask()
-    if mask.hidden_from is None:  # one program of the reference for all families
-        nothing = jnp.zeros_like(mask.until)
-        mask = dataclasses.replace(mask, hidden_from=nothing, hidden_until=nothing)
-    arrays = tuple(x.astype(jnp.float32) for x in arrays)
-    with jax.default_matmul_precision("highest"):
-        return jax.tree.map(np.asarray, _run("reference", arrays, mask))
+    return _run("reference", "highest", _reference_arguments(arrays, problem.mask()))
 
 
 def check(problem: Problem, dtype: str, implementations: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row per implementation: the error of each tensor, and what else must hold."""
     arrays = problem.arrays(dtype)
     want = expected(problem, arrays)
-    mask = problem.mask()
+    arguments = arrays, problem.mask()
     for implementation in implementations:
         row = {"implementation": implementation, "dtype": dtype, "family": problem.family}
         row |= {"seed": problem.seed, **dataclasses.asdict(problem.shape)}
         try:
             _poison(sum(x.nbytes for x in want.values()))
-            # XLA may compute float32 products in fewer bits, which is not what is compared here
-            with jax.default_matmul_precision("highest" if dtype == "float32" else None):
-                got, again = (
-                    jax.tree.map(np.asarray, _run(implementation, arrays, mask)) for _ in range(2)
-                )
+            got, again = (_run(implementation, _precision(dtype), arguments) for _ in range(2))
         except Unsupported as refusal:
             yield row | {"refused": str(refusal)}
             continue
@@ -177,24 +224,25 @@ def _poison(size: int) -> None:
 
 def sweep(
     implementations: Sequence[str],
-    dtypes: Sequence[str] = tuple(SHARES),
+    dtypes: Sequence[str] = DTYPES,
     count: int = 200,
     seed: int = 0,
     shapes: Sequence[Shape] = SHAPES,
+    workers: int = 4,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `check` for `count` masks in bfloat16 and a share of them in the other types. Raises
-    UserError."""
+    """Rows of `check`: `count` masks over all shapes in the first type, and a share of them over
+    some shapes in the others. Raises UserError."""
     for name in implementations:
         if name not in IMPLEMENTATIONS:
             raise UserError(f"implementation {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     for dtype in dtypes:
         if dtype not in TOLERANCES:
             raise UserError(f"type {dtype!r} is not one of {', '.join(TOLERANCES)}")
-        drawn = problems(count, seed, shapes)
-        kept = max(round(SHARES[dtype] * count), 1)
-        stride = max(len(drawn) // kept, 1)
-        # an odd stride reaches every shape and family
-        chosen = drawn if kept == count else drawn[:: stride | 1][:kept]
+    for dtype in dtypes:
+        chosen = problems(count, seed, shapes)
+        if dtype != dtypes[0]:
+            chosen = problems(max(round(_SHARE * count), 1), seed, shapes[1::3])
+        _compile_all(chosen, dtype, implementations, workers)
         for problem in chosen:
             yield from check(problem, dtype, implementations)
 

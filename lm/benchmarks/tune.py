@@ -239,7 +239,8 @@ def _require(implementation: str, problem: Problem) -> None:
     try:
         jax.eval_shape(attend, problem.q, problem.k, problem.v)
     except Unsupported as refusal:
-        raise Unsupported(f"{implementation}: {refusal}") from refusal
+        reason = str(refusal).removeprefix(f"{implementation}: ")
+        raise Unsupported(f"{implementation}: {reason}") from refusal
 
 
 def _watch(implementation: str, problem: Problem, wanted: Sequence[str]) -> Stopwatch:

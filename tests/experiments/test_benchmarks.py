@@ -45,3 +45,8 @@ def test_attention_refuses_names_that_do_not_exist():
     assert "mask 'one_pas' is not one of one_pass, documents" in line
     line = commands.refusal("benchmarks.attention", "--lengths=8k")
     assert "--lengths=8k are not numbers" in line
+
+
+def test_tuning_says_why_a_kernel_does_not_run_here():
+    line = commands.refusal("benchmarks.tune_attention", "--implementation=mosaic_gpu")
+    assert "mosaic_gpu: runs on Hopper GPUs" in line
