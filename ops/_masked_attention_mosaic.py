@@ -3,13 +3,11 @@
 gradient."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ops import block_table as block_tables
-from ops import dispatch
+from ops import _block_lists, dispatch
 from ops._varying import common_varying, varying_like
 from ops.visibility import Visibility
 from pallas_kernels import masked_attention_mosaic as forward_kernel
@@ -19,14 +17,6 @@ from pallas_kernels import mosaic, triton_call
 from pallas_kernels.mosaic import COMPUTE, UNIT
 
 _DTYPES = ("bfloat16", "float16")
-
-
-class _Tiles(NamedTuple):
-    """Which blocks each tile of queries or keys needs."""
-
-    order: jax.Array  # [B, tiles] int32
-    counts: jax.Array  # [B, tiles, 2] int32: full ones, needed ones
-    blocks: jax.Array  # [B, tiles, blocks'] int32: full ones first, then the other needed ones
 
 
 def masked_attention(
@@ -100,11 +90,17 @@ def _attend_bwd(scale, plan, saved, cotangents):
     dq = backward_kernels.dq(*arrays, *queries, scale=scale, config=plan.dq)
     keys = _key_tiles(visibility, q)
     gradients = {}
+    splits = _splits(q, k)
     for wanted in plan.dk_dv_calls:
         results = backward_kernels.dk_dv(
-            *arrays, *keys, scale=scale, config=plan.dk_dv, wanted=wanted
+            *arrays, *keys, scale=scale, config=plan.dk_dv, wanted=wanted, splits=splits
         )
         gradients |= dict(zip(wanted, results, strict=True))
+    if splits > 1:
+        gradients = {
+            name: jnp.sum(parts, axis=0)[:, : k.shape[1]].astype(k.dtype)
+            for name, parts in gradients.items()
+        }
     return (*varying_like((dq, gradients["dk"], gradients["dv"]), q), None)
 
 
@@ -134,40 +130,43 @@ def _vectors(visibility: Visibility) -> jax.Array:
     return jnp.pad(jnp.stack(vectors, axis=1), ((0, 0), (0, 0), (0, tail)))
 
 
-def _query_tiles(visibility: Visibility, q: jax.Array, k: jax.Array, units: int) -> _Tiles:
-    """For each tile of queries the blocks of 64 keys; a step's missing ones are beyond the last."""
+def _query_tiles(
+    visibility: Visibility, q: jax.Array, k: jax.Array, units: int
+) -> tuple[jax.Array, jax.Array]:
+    """For each tile of queries the blocks of 64 keys, and one beyond the last to fill up a step."""
     rows = mosaic.tile_rows(q.shape[2] // k.shape[2])
-    table = visibility.block_table(q.shape[1], rows, UNIT)
-    rank = block_tables.FULL - table.astype(jnp.int32)
-    return _tiles(rank, jax.lax.broadcasted_iota(jnp.int32, table.shape, 2), units - 1)
+    return _block_lists.full_first(visibility.block_table(q.shape[1], rows, UNIT), units - 1)
 
 
-def _key_tiles(visibility: Visibility, q: jax.Array) -> _Tiles:
-    """For each tile of keys the blocks of 64 rows, with the kinds of its halves in the low bits."""
-    table = visibility.block_table(q.shape[1], UNIT, UNIT).astype(jnp.int32)
-    table = jnp.pad(table, ((0, 0), (0, 0), (0, table.shape[2] % COMPUTE)))
-    kinds = table.reshape(*table.shape[:2], -1, COMPUTE).transpose(0, 2, 1, 3)
-    full = jnp.all(kinds == block_tables.FULL, axis=-1)
-    needed = jnp.any(kinds != block_tables.EMPTY, axis=-1)
-    rank = jnp.where(full, 0, jnp.where(needed, 1, 2))
-    entry = jax.lax.broadcasted_iota(jnp.int32, rank.shape, 2) << (
-        COMPUTE * backward_kernels.KIND_BITS
-    )
-    for half in range(COMPUTE):
-        entry |= kinds[..., half] << (half * backward_kernels.KIND_BITS)
-    return _tiles(rank, entry, 0)
+def _key_tiles(visibility: Visibility, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Blocks of 64 keys in the order in which they are paired to tiles, and for each tile the
+    blocks of 64 rows with the kinds of its halves.
+
+    Keys that end together are seen by the same rows, so blocks are paired by their `until`; those
+    that last longest, which have most to do, come first.
+    """
+    table = visibility.block_table(q.shape[1], UNIT, UNIT)
+    B, blocks, num_keys = table.shape
+    until = jnp.pad(visibility.until, ((0, 0), (0, -visibility.num_keys % UNIT)))
+    latest = jnp.max(until.reshape(B, num_keys, UNIT), axis=2)
+    place = jax.lax.broadcasted_iota(jnp.int32, latest.shape, 1)
+    _, order = jax.lax.sort((-latest, place), num_keys=1, is_stable=True)
+    table = jnp.take_along_axis(table, order[:, None], axis=2)
+    tail = num_keys % COMPUTE
+    order = jnp.pad(order, ((0, 0), (0, tail)), constant_values=num_keys)
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, tail)))
+    kinds = table.reshape(B, blocks, -1, COMPUTE).swapaxes(1, 2).reshape(B, -1, blocks * COMPUTE)
+    lists = _block_lists.full_first_halves(kinds, COMPUTE, backward_kernels.KIND_BITS)
+    return order, *lists
 
 
-def _tiles(rank: jax.Array, entry: jax.Array, spare: int) -> _Tiles:
-    """Lists of the entries [B, tiles, blocks] of rank 0 (full), then 1 (needed); `spare` places
-    more, and those left over, name the block after the last."""
-    full = jnp.sum(rank == 0, axis=-1, dtype=jnp.int32)
-    needed = jnp.sum(rank < 2, axis=-1, dtype=jnp.int32)
-    blocks = rank.shape[-1]
-    place = jax.lax.broadcasted_iota(jnp.int32, rank.shape, 2)
-    # rank and place in one operand: the sort is over unique keys and needs no stability
-    _, lists = jax.lax.sort((rank * blocks + place, entry), num_keys=1, is_stable=False)
-    lists = jnp.where(place < needed[..., None], lists, blocks)
-    lists = jnp.pad(lists, ((0, 0), (0, 0), (0, spare)), constant_values=blocks)
-    order = jnp.argsort(-needed, axis=-1).astype(jnp.int32)
-    return _Tiles(order, jnp.stack((full, needed), axis=-1), lists)
+def _splits(q: jax.Array, k: jax.Array) -> int:
+    """Parts of the query heads of a group that get their own programs in the dk/dv kernel.
+
+    The first keys are seen by most rows: with few tiles their programs would be the whole time.
+    """
+    B, S, K, _ = k.shape
+    programs, G, splits = B * K * -(-S // (COMPUTE * UNIT)), q.shape[2] // K, 1
+    while programs * splits < configs.PROGRAMS and G % (2 * splits) == 0:
+        splits *= 2
+    return splits

@@ -31,14 +31,15 @@ LN2 = math.log(2.0)
 LOWEST = -1e30
 
 
-def place(program, shape: tuple[int, int, int, int], order_ref):
+def place(program, shape: tuple[int, int, int, int]):
     """(sequence, key head, tile, group of query heads) of a program of the grid over tiles of
-    queries. Neighbours share keys; `order` has the tiles with most to do first."""
+    queries. Neighbours share keys; the last tiles, which see most, come first, so that short ones
+    fill the gaps at the end."""
     _, K, tiles, groups = shape
     group, rest = lax.rem(program, groups), lax.div(program, groups)
-    turn, rest = lax.rem(rest, tiles), lax.div(rest, tiles)
+    tile, rest = tiles - 1 - lax.rem(rest, tiles), lax.div(rest, tiles)
     kv_head, b = lax.rem(rest, K), lax.div(rest, K)
-    return b, kv_head, order_ref[b, turn], group
+    return b, kv_head, tile, group
 
 
 def rows_of(wg, tile, group, kv_head, G: int):
@@ -92,7 +93,6 @@ def forward(
     v: jax.Array,  # [B, S, K, H]
     vectors: jax.Array,  # [B, 1 or 3, S'] int32: span, hidden_from, hidden_until - hidden_from
     row_offset: jax.Array,  # [B] int32
-    order: jax.Array,  # [B, tiles] int32: tiles of queries, in the order to do them
     counts: jax.Array,  # [B, tiles, 2] int32: full blocks, and needed ones
     indices: jax.Array,  # [B, tiles, blocks'] int32: the needed blocks of 64 keys, full ones first
     *,
@@ -104,18 +104,18 @@ def forward(
     A list is filled up to whole steps with a block beyond the last key, and the vectors are padded
     to hold it, with span 0.
     """
-    B, T, N, H = q.shape
+    B, _, N, H = q.shape
     K, tiles = k.shape[2], counts.shape[1]
     G = N // K
     grid = (B, K, tiles, G // mosaic.heads_per_tile(G))
     keys, stages, dtype = config.units * UNIT, config.stages, q.dtype
     factor = scale * LOG2E
 
-    def kernel(q_ref, k_ref, v_ref, vector_ref, offset_ref, order_ref, count_ref, index_ref,
+    def kernel(q_ref, k_ref, v_ref, vector_ref, offset_ref, count_ref, index_ref,
                out_ref, lse_ref, q_smem, k_smem, v_smem, vector_smem, lse_smem,
                q_ready, k_ready, v_ready, vector_ready, k_free, v_free, turn):  # fmt: skip
         wg = lax.axis_index("wg")
-        b, kv_head, tile, group = place(lax.axis_index("program"), grid, order_ref)
+        b, kv_head, tile, group = place(lax.axis_index("program"), grid)
         unmasked, steps = steps_of(count_ref, b, tile, config.units)
 
         def blocks_of(step):
@@ -250,4 +250,4 @@ def forward(
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, vectors, row_offset, order, counts, indices)
+    )(q, k, v, vectors, row_offset, counts, indices)

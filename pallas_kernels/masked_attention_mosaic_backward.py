@@ -45,7 +45,6 @@ def dq(
     shift: jax.Array,  # [B, N, T'] float32: D, finite
     vectors: jax.Array,  # as for the forward pass, like all that follows
     row_offset: jax.Array,
-    order: jax.Array,
     counts: jax.Array,
     indices: jax.Array,
     *,
@@ -60,11 +59,11 @@ def dq(
     keys, stages, dtype = config.units * UNIT, config.stages, q.dtype
     shape = (UNIT, keys)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, shift_ref, vector_ref, offset_ref, order_ref,
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, shift_ref, vector_ref, offset_ref,
                count_ref, index_ref, dq_ref, q_smem, do_smem, k_smem, v_smem, vector_smem,
                q_ready, k_ready, v_ready, vector_ready, k_free, v_free):  # fmt: skip
         wg = lax.axis_index("wg")
-        b, kv_head, tile, group = place(lax.axis_index("program"), grid, order_ref)
+        b, kv_head, tile, group = place(lax.axis_index("program"), grid)
         unmasked, steps = steps_of(count_ref, b, tile, config.units)
 
         def blocks_of(step):
@@ -159,7 +158,7 @@ def dq(
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, d_out, lse, shift, vectors, row_offset, order, counts, indices)
+    )(q, k, v, d_out, lse, shift, vectors, row_offset, counts, indices)
 
 
 def visible_rows(row, key, vectors) -> jax.Array:
@@ -184,29 +183,36 @@ def dk_dv(
     shift: jax.Array,  # [B, N, T'] float32: D, finite
     vectors: jax.Array,  # [B, 1 or 3, S'] int32, S' at least tiles * KEYS
     row_offset: jax.Array,  # [B] int32
-    order: jax.Array,  # [B, tiles] int32: tiles of KEYS keys, in the order to do them
+    key_blocks: jax.Array,  # [B, COMPUTE * tiles] int32: which 64 keys each warpgroup takes
     counts: jax.Array,  # [B, tiles, 2] int32: entries that are full for both halves, all entries
     entries: jax.Array,  # [B, tiles, blocks] int32: blocks of 64 rows, full ones first
     *,
     scale: float,
     config: Config,
     wanted: tuple[str, ...] = ("dk", "dv"),
+    splits: int = 1,
 ) -> tuple[jax.Array, ...]:
-    """The gradients of k and v that are `wanted`, [B, S, K, H] each.
+    """The gradients of k and v that are `wanted`.
 
-    An entry holds the block in its high bits and, KIND_BITS for each compute warpgroup, whether
-    those 64 keys of the tile are seen by any of its rows. T' is at least 64 * blocks.
+    A tile is any two blocks of keys, best such that are seen by the same rows: where only one of
+    them is seen, half of the tile waits. An entry holds the block of rows in its high bits and,
+    KIND_BITS for each warpgroup, whether its keys are seen by any of those rows. T' is at least
+    64 * blocks.
+
+    Returns [B, S, K, H] each; with `splits`, which divides N // K, the sums over each of so many
+    parts of the query heads, [splits, B, tiles * KEYS, K, H] float32: more programs, where there
+    are few tiles and the first ones have most of the work.
     """
     B, _, N, H = q.shape
     K, tiles = k.shape[2], counts.shape[1]
     G = N // K
+    heads = G // splits
     stages, dtype = config.stages, q.dtype
-    assert config.units == 1
     want_dk, want_dv = "dk" in wanted, "dv" in wanted
     shape = (UNIT, UNIT)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, shift_ref, vector_ref, offset_ref, order_ref,
-               count_ref, entry_ref, *refs):  # fmt: skip
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, shift_ref, vector_ref, offset_ref,
+               key_block_ref, count_ref, entry_ref, *refs):  # fmt: skip
         out_refs, (k_smem, v_smem, q_smem, do_smem, lse_smem, shift_smem, k_ready, ready, free) = (
             refs[: len(wanted)],
             refs[len(wanted) :],
@@ -214,13 +220,13 @@ def dk_dv(
         wg = lax.axis_index("wg")
         program = lax.axis_index("program")
         kv_head, rest = lax.rem(program, K), lax.div(program, K)
-        b = lax.div(rest, tiles)
-        tile = order_ref[b, lax.rem(rest, tiles)]
-        unmasked, steps = count_ref[b, tile, 0] * G, count_ref[b, tile, 1] * G
+        part, rest = lax.rem(rest, splits), lax.div(rest, splits)
+        b, tile = lax.div(rest, tiles), lax.rem(rest, tiles)
+        unmasked, steps = count_ref[b, tile, 0] * heads, count_ref[b, tile, 1] * heads
 
         def entry_of(step):
             """The query heads of a group follow each other, block by block."""
-            return entry_ref[b, tile, lax.div(step, G)]
+            return entry_ref[b, tile, lax.div(step, heads)]
 
         def row_of(entry):
             return lax.shift_right_logical(entry, COMPUTE * KIND_BITS) * UNIT
@@ -232,7 +238,7 @@ def dk_dv(
             @pl.loop(0, steps)
             def _(step):
                 slot, row = lax.rem(step, stages), row_of(entry_of(step))
-                head = kv_head * G + lax.rem(step, G)
+                head = kv_head * G + part * heads + lax.rem(step, heads)
                 rows, of_rows = (b, pl.ds(row, UNIT), head), (b, head, pl.ds(row, UNIT))
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for ref, index, smem in (
@@ -246,7 +252,7 @@ def dk_dv(
         @pl.when(wg < COMPUTE)
         def _accumulate():
             plgpu.set_max_registers(240, action="increase")
-            key = tile * KEYS + wg * UNIT
+            key = key_block_ref[b, tile * COMPUTE + wg] * UNIT
             keys = (b, pl.ds(key, UNIT), kv_head)
             my_k, my_v = k_smem.at[wg], v_smem.at[wg]
             plgpu.copy_gmem_to_smem(k_ref.at[keys], my_k, k_ready.at[wg])
@@ -305,14 +311,22 @@ def dk_dv(
             sums = lax.fori_loop(unmasked, steps, mixed, sums)
             results = zip(wanted, sums, (my_k, my_v)[: len(wanted)], out_refs, strict=True)
             for name, total, smem, ref in results:
-                smem[...] = (total * scale if name == "dk" else total).astype(dtype)
+                total = total * scale if name == "dk" else total
+                if splits > 1:
+                    ref.at[part, b, pl.ds(key, UNIT), kv_head][...] = total
+                    continue
+                smem[...] = total.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(smem, ref.at[keys])
             plgpu.wait_smem_to_gmem(0)
 
+    result = jax.ShapeDtypeStruct(k.shape, dtype)
+    if splits > 1:
+        result = jax.ShapeDtypeStruct((splits, B, tiles * KEYS, K, H), jnp.float32)
+
     return plgpu.kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(k.shape, dtype) for _ in wanted),
+        out_type=tuple(result for _ in wanted),
         scratch_types=[
             mosaic.shared((COMPUTE, UNIT, H), dtype),
             mosaic.shared((COMPUTE, UNIT, H), dtype),
@@ -324,9 +338,9 @@ def dk_dv(
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         ],
-        grid=(B * tiles * K,),
+        grid=(B * tiles * splits * K,),
         grid_names=("program",),
         num_threads=COMPUTE + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, k, v, d_out, lse, shift, vectors, row_offset, order, counts, entries)
+    )(q, k, v, d_out, lse, shift, vectors, row_offset, key_blocks, counts, entries)

@@ -28,10 +28,12 @@ class Plan:
 
 
 PLANS = {
-    64: Plan(Config(2, 4), Config(2, 3), Config(1, 4)),
-    128: Plan(Config(2, 2), Config(2, 2), Config(1, 3)),
+    64: Plan(Config(2, 3), Config(2, 2), Config(1, 6)),
+    128: Plan(Config(2, 2), Config(1, 2), Config(1, 4)),
     256: Plan(Config(1, 2), Config(1, 1), Config(1, 1), (("dk",), ("dv",))),
 }
+# The dk/dv kernel splits query heads among programs up to about this many.
+PROGRAMS = 1024
 _override: list[Plan] = []
 
 
