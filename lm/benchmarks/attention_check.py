@@ -9,6 +9,7 @@ share a few shapes, so that a few compiled programs serve all of them.
 import concurrent.futures
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -107,6 +108,7 @@ def _signature(implementation: str, precision: str | None, arguments: Any) -> tu
 
 
 _programs: dict[tuple, Callable[..., Any]] = {}
+_lowering = threading.Lock()  # Triton parses kernels in Python, one thread at a time
 
 
 def _program(implementation: str, precision: str | None, arguments: Any) -> Callable[..., Any]:
@@ -124,8 +126,9 @@ def _program(implementation: str, precision: str | None, arguments: Any) -> Call
 
     key = _signature(implementation, precision, arguments)
     if key not in _programs:
-        with jax.default_matmul_precision(precision):
-            _programs[key] = jax.jit(program).lower(*arguments).compile()
+        with jax.default_matmul_precision(precision), _lowering:
+            lowered = jax.jit(program).lower(*arguments)
+        _programs[key] = lowered.compile()
     return _programs[key]
 
 
