@@ -7,13 +7,13 @@ it makes visible: rates are per visible pair, so that no mask looks fast for bei
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
 from lm.single_pass import tree
-from lm.single_pass.benchmark import synthetic
 from ops.visibility import Visibility
 
 ONE_PASS_TURN = (64, 512, 192)  # human, thought and response tokens
@@ -44,6 +44,12 @@ class Group:
     synced: bool = True
 
 
+class _Sample(NamedTuple):
+    tokens: np.ndarray
+    prompt_length: int
+    turn: int
+
+
 def visible_pairs(visibility: Visibility, num_rows: int) -> int:
     """Visible pairs over the batch, counted key by key: no [T, S] array."""
     until = np.asarray(visibility.until, np.int64)
@@ -61,8 +67,13 @@ def visible_pairs(visibility: Visibility, num_rows: int) -> int:
 
 def conversation(turns: int, turn: Sequence[int] = ONE_PASS_TURN, seed: int = 0) -> np.ndarray:
     """[n] `until` of one conversation of random tokens, laid out as a prefix tree for training."""
-    human, thought, response = turn
-    (samples,) = synthetic(f"{turns}:{human},{thought},{response}", 1, 2**31 - 1, seed)
+    rng = np.random.default_rng(seed)
+    history, samples = np.zeros(0, np.int32), []
+    for number in range(turns):
+        human, thought, response = (rng.integers(0, 2**31 - 1, n, np.int32) for n in turn)
+        prompt = np.concatenate([history, human])
+        samples.append(_Sample(np.concatenate([prompt, thought, response]), len(prompt), number))
+        history = np.concatenate([prompt, response])
     return tree.build_tree(samples).until
 
 
