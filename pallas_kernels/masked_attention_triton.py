@@ -57,13 +57,13 @@ def _place(blocks, BLOCKS_DESCEND: tl.constexpr, HEADS: tl.constexpr, K: tl.cons
 def _tile(
     pointer, start, length, stride, BLOCK: tl.constexpr, H: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Rows start .. start + BLOCK of an array of rows of H entries, zeros from `length` on."""
-    inside = tl.arange(0, BLOCK)
-    place = inside[:, None] * stride + tl.arange(0, H)[None, :]
-    pointer += start.to(tl.int64) * stride
-    if WHOLE:
-        return tl.load(pointer + place)
-    return tl.load(pointer + place, mask=(start + inside < length)[:, None], other=0.0)
+    """Rows start .. start + BLOCK of an array of `length` rows of H entries. The last row stands
+    for those beyond: nothing sees or is seen by them, and no bound has to be kept."""
+    row = tl.arange(0, BLOCK)
+    if not WHOLE:
+        row = tl.minimum(row, length - 1 - start)
+    place = row[:, None] * stride + tl.arange(0, H)[None, :]
+    return tl.load(pointer + start.to(tl.int64) * stride + place)
 
 
 @triton.jit
@@ -288,7 +288,7 @@ def _dkdv_blocks(
         start = block * BLOCK_Q
         queries = _tile(q + head * H, start, T, STRIDE, BLOCK_Q, H, WHOLE)
         d_outs = _tile(d_out + head * H, start, T, STRIDE, BLOCK_Q, H, WHOLE)
-        place = head.to(tl.int64) * padded_rows + start
+        place = head * padded_rows + start
         row_lse = tl.load(lse + place + tl.arange(0, BLOCK_Q))
         row_shift = tl.load(shift + place + tl.arange(0, BLOCK_Q))
         block = tl.load(blocks + tl.minimum((step + 1) // GROUP, last - 1))

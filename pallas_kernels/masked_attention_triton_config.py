@@ -34,13 +34,13 @@ class Config:
 _HALF = {
     ("forward", 90, 64): Config(128, 128, 8, 3),
     ("forward", 90, 128): Config(128, 64, 8, 3),
-    ("forward", 90, 256): Config(128, 64, 8, 2),
+    ("forward", 90, 256): Config(128, 32, 8, 3),
     ("dq", 90, 64): Config(128, 64, 8, 3),
     ("dq", 90, 128): Config(128, 64, 8, 3),
-    ("dq", 90, 256): Config(64, 64, 8, 2),
+    ("dq", 90, 256): Config(128, 32, 8, 2),
     ("dkdv", 90, 64): Config(64, 128, 8, 3),
     ("dkdv", 90, 128): Config(64, 128, 8, 3),
-    ("dkdv", 90, 256): Config(32, 64, 8, 2),
+    ("dkdv", 90, 256): Config(64, 32, 8, 2),
     ("forward", 80, 64): Config(128, 64, 4, 3),
     ("forward", 80, 128): Config(128, 64, 8, 3),
     ("forward", 80, 256): Config(64, 64, 8, 2),
@@ -48,8 +48,8 @@ _HALF = {
     ("dq", 80, 128): Config(128, 32, 8, 2),
     ("dq", 80, 256): Config(64, 32, 8, 2),
     ("dkdv", 80, 64): Config(64, 128, 8, 2),
-    ("dkdv", 80, 128): Config(32, 128, 8, 2),
-    ("dkdv", 80, 256): Config(32, 64, 8, 2),
+    ("dkdv", 80, 128): Config(64, 64, 8, 3),
+    ("dkdv", 80, 256): Config(64, 32, 8, 2),
 }
 
 # (pass, head dim) -> config for float32, whose products are plain multiplications and additions.
