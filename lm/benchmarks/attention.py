@@ -105,29 +105,32 @@ class _Entry:
 def measure(plan: Plan) -> Iterator[dict[str, Any]]:
     """Rows, one per mask, length, heads, pass and contender; what cannot serve says why."""
     plan.check()
-    for heads, length, name in itertools.product(plan.heads, plan.lengths, plan.cases):
-        case = masks.case(name, length, plan.batch)
-        problem = Problem.make(case, parse_heads(heads), plan.dtype)
-        for passed in plan.passes:
-            about = {
-                "case": name,
-                "length": length,
-                "heads": heads,
-                "batch": plan.batch,
-                "dtype": plan.dtype,
-                "pass": passed,
-                "pairs": case.pairs,
-                "visible": case.pairs / (plan.batch * length * (length + 1) / 2),
-            }
-            for row in _one(plan, problem, passed == "forward_backward"):
-                row = about | row
-                if passed == "forward" and "ms" in row and row["implementation"] in BLOCK_LISTS:
-                    lists = 1e3 * block_list_seconds(row["implementation"], problem)
-                    row |= {"lists_ms": lists, "lists_share": lists / row["ms"]}
-                yield row
-        del problem
+    for heads, length in itertools.product(plan.heads, plan.lengths):
+        for name in plan.cases:
+            case = masks.case(name, length, plan.batch)
+            yield from _case(plan, Problem.make(case, parse_heads(heads), plan.dtype))
+            gc.collect()  # of arrays that only cycles hold
         alternatives.release()
-        gc.collect()
+
+
+def _case(plan: Plan, problem: Problem) -> Iterator[dict[str, Any]]:
+    case, length = problem.case, problem.q.shape[1]
+    for passed in plan.passes:
+        about = {
+            "case": case.name,
+            "length": length,
+            "heads": str(problem.heads),
+            "batch": plan.batch,
+            "dtype": plan.dtype,
+            "pass": passed,
+            "pairs": case.pairs,
+            "visible": case.pairs / (plan.batch * length * (length + 1) / 2),
+        }
+        for row in _one(plan, problem, passed == "forward_backward"):
+            if passed == "forward" and "ms" in row and row["implementation"] in BLOCK_LISTS:
+                lists = 1e3 * block_list_seconds(row["implementation"], problem)
+                row |= {"lists_ms": lists, "lists_share": lists / row["ms"]}
+            yield about | row
 
 
 def ours() -> tuple[str, ...]:
@@ -163,7 +166,7 @@ def _prepare(name: str, problem: Problem, backward: bool) -> Prepared:
         return alternatives.ALTERNATIVES[name](problem, backward)
     arrays = (problem.q, problem.k, problem.v, problem.d_out)
     attend = functools.partial(masked_attention, implementation=name)
-    return prepare_jax(attend, arrays, (problem.case.visibility,), backward)
+    return prepare_jax(attend, arrays, (problem.case.visibility,), backward, name=name)
 
 
 def _compare(entries: Sequence[_Entry], problem: Problem) -> None:

@@ -236,7 +236,7 @@ def _prepare_torch(
 
 
 def release() -> None:
-    """Gives PyTorch's cached memory back, for the next problem of either library."""
+    """Gives PyTorch's cached memory and programs back, for the next problem of either library."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch._dynamo.reset()

@@ -81,6 +81,8 @@ class Prepared:
 
 Attend = Callable[..., jax.Array]  # (q, k, v, *extra) -> out
 
+_programs: dict[tuple, jax.stages.Compiled] = {}
+
 
 def prepare_jax(
     attend: Attend,
@@ -88,8 +90,10 @@ def prepare_jax(
     extra: tuple[Any, ...],
     backward: bool,
     notes: str = "",
+    name: str | None = None,
 ) -> Prepared:
-    """Compiles `attend(q, k, v, *extra)`, and its gradients for a cotangent when `backward`."""
+    """Compiles `attend(q, k, v, *extra)`, and its gradients for a cotangent when `backward`; with a
+    name, once for all masks of the same shapes and fields."""
     q, k, v, d_out = arrays
 
     def forward(q, k, v, extra):
@@ -100,7 +104,13 @@ def prepare_jax(
         return out, *pullback(d_out)
 
     given = (q, k, v, d_out, extra) if backward else (q, k, v, extra)
-    compiled = jax.jit(forward_backward if backward else forward).lower(*given).compile()
+    leaves, structure = jax.tree.flatten(given)
+    key = (name, structure, tuple((x.shape, x.dtype.name) for x in leaves))
+    compiled = _programs.get(key) if name else None
+    if compiled is None:
+        compiled = jax.jit(forward_backward if backward else forward).lower(*given).compile()
+    if name:
+        _programs[key] = compiled
     return Prepared(
         functools.partial(compiled, *given),
         jax.block_until_ready,
