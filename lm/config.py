@@ -95,9 +95,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where conversations come from and how they become rows."""
+    """Where conversations or documents come from and how they become rows."""
 
-    source: str = "arithmetic"  # "arithmetic", "gsm8k:FILE" or a JSON/JSONL file of conversations
+    # "arithmetic", "gsm8k:FILE" or a JSON/JSONL file of conversations; for plain text also
+    # "python" (the standard library), "python+site" (and installed packages) or "python:DIR"
+    source: str = "arithmetic"
     tokenizer: str = "auto"  # "auto" (the checkpoint's, else bytes), "bytes", "bpe:SIZE" or a path
     template: str = ""  # "" takes the tokenizer's own; else a built-in name or a .jinja file
     policy: str = "interleaved"  # which thoughts stay: interleaved, preserved or per_message
@@ -108,15 +110,15 @@ class DataConfig:
     seq_len: int = 512
     window: int = 256  # layouts that packing looks at together
     overlong: str = "drop"  # a sample longer than seq_len: "drop" (and count) or "truncate" (left)
-    limit: int = 0  # conversations to train on; 0: all of a file, 2,000 of arithmetic
+    limit: int = 0  # conversations or files to train on; 0: all of them, 2,000 of arithmetic
     seed: int = 0
     min_turns: int = 2  # arithmetic only
     max_turns: int = 4  # arithmetic; problems per conversation of GSM8K
     max_number: int = 20  # arithmetic only: every number lies in 0..max_number
     max_operand: int = 9  # arithmetic only: the largest number added or subtracted
     tools: bool = False  # arithmetic only: some turns call a calculator
-    validation_fraction: float = 0.1  # of a file, held out from training for `evaluate`
-    eval_conversations: int = 64  # at most so many are evaluated
+    validation_fraction: float = 0.1  # of a source, held out from training for `evaluate`
+    eval_conversations: int = 64  # at most so many are evaluated, or so many files
 
     def __post_init__(self):
         require_choice("data.policy", self.policy, ("interleaved", "preserved", "per_message"))

@@ -11,21 +11,25 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 
 from lm import checkpoint, lora, sharding, train, transformer
 from lm.config import Config, DataConfig, ModelConfig
-from lm.data import arithmetic, sources
+from lm.data import arithmetic, documents, sources
 from lm.data.conversations import Conversation
+from lm.data.python_source import Document
 from lm.errors import UserError
 from lm.hf import weights
 from lm.text import chat, tokenizers
 from lm.workdir import Workdir
 
+_PYTHON = ("python", "python+site")
 VOCAB_MULTIPLE = 128  # tables padded to it divide over devices and fill matrix units
 _ARITHMETIC_SIZE = 2000  # training conversations, unless data.limit says otherwise
 _BPE_SAMPLE = 2000  # conversations that a trained BPE is learned from
+_BPE_FILES = 500  # of a tree of files, evenly spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +86,59 @@ def _tokenizer(config: Config, spec: str, directory: pathlib.Path | None) -> tok
     except ValueError:
         raise UserError(f"data.tokenizer={spec!r}: bpe:SIZE takes a number") from None
     # learned from whole renderings, so that the template's own words become tokens too
-    source = conversations(config.data)
+    source = records(config.data)
+    if isinstance(source, sources.DocumentSource) and len(source) > _BPE_FILES:
+        source = Spread(source, _BPE_FILES)
     template = chat.load_template(config.data.template or None, tokenizers.load_tokenizer("bytes"))
-    sample = (source[i] for i in range(min(len(source), _BPE_SAMPLE)))
     texts = (
-        template.render(
-            [m.to_dict(with_thought=True) for m in thread],
-            add_generation_prompt=False,
-            tools=conversation.tools,
-        )
-        for conversation in sample
-        for thread in conversation.threads()
+        text
+        for i in range(min(len(source), _BPE_SAMPLE))
+        for text in documents.texts_of(source[i], template)
     )
     return tokenizers.train_bpe(texts, size)
+
+
+def records(data: DataConfig, split: str = "train") -> Sequence[Document] | Sequence[Conversation]:
+    """Python files or conversations by index: what plain language-model training reads.
+
+    Splits as for `conversations`. Raises UserError and DataError.
+    """
+    name, _, directory = data.source.partition(":")
+    if name not in _PYTHON or (directory and name != "python"):
+        return conversations(data, split)
+    source = sources.open_source(
+        sources.PythonData(
+            directories=(directory,) if directory else (),
+            site_packages=name == "python+site",
+            split="train" if split == "all" else split,
+            validation_fraction=0.0 if split == "all" else data.validation_fraction,
+        )
+    )
+    limit = data.eval_conversations if split == "validation" else data.limit
+    return Spread(source, limit) if limit and limit < len(source) else source
+
+
+def text_rows(
+    resolved: Setup,
+    split: str = "train",
+    *,
+    epochs: int | None = 1,
+    shuffle: bool = True,
+    process: tuple[int, int] = (0, 1),
+) -> grain.IterDataset:
+    """Packed rows of a config's records as plain text: every token is trained."""
+    data = resolved.config.data
+    return documents.rows(
+        records(data, split),
+        resolved.template,
+        resolved.tokenizer,
+        seq_len=data.seq_len,
+        window=data.window,
+        seed=data.seed,
+        epochs=epochs,
+        shuffle=shuffle,
+        process=process,
+    )
 
 
 def conversations(data: DataConfig, split: str = "train") -> Sequence[Conversation]:
@@ -102,6 +146,8 @@ def conversations(data: DataConfig, split: str = "train") -> Sequence[Conversati
 
     Arithmetic is endless, so "all" of it is its validation set. Raises UserError and DataError.
     """
+    if data.source.partition(":")[0] in _PYTHON:
+        raise UserError(f"data.source={data.source} is plain text; conversations are needed here")
     whole = split == "all"
     if data.source == "arithmetic":
         settings = arithmetic.ArithmeticConfig(
@@ -128,6 +174,23 @@ def conversations(data: DataConfig, split: str = "train") -> Sequence[Conversati
     source = sources.open_source(spec)
     limit = data.eval_conversations if split == "validation" else data.limit
     return First(source, limit) if limit and limit < len(source) else source
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread(Sequence[Document]):
+    """`count` documents of a source, evenly spread: neighbours in a tree of files are alike."""
+
+    source: Sequence[Document]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Document:
+        number = operator.index(index)
+        if not -self.count <= number < self.count:
+            raise IndexError(f"document {number} of {self.count}")
+        return self.source[number % self.count * len(self.source) // self.count]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TFDS builders of conversations, in ArrayRecord form, written and read without TensorFlow.
+"""TFDS builders of local data, in ArrayRecord form, written and read without TensorFlow.
 
 Every builder keeps its source's order, so record i is the i-th conversation of the source. A
 builder's directory is named by a hash of its options and of the content of the file that it reads;
@@ -43,12 +43,15 @@ class _LocalInfo(tfds.core.DatasetInfo):
         pass
 
 
-class ConversationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A split of conversations, each one JSON text (`Conversation.to_json`).
+class RecordBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A split of records, each one JSON text under `FIELD`.
 
     `info.metadata` holds `skipped`, a count of malformed records, and the first of their `errors`
     as [line, reason].
     """
+
+    FIELD: ClassVar[str]
+    RECORD: ClassVar[type[Any]]  # what a text becomes: it has `from_json`
 
     VERSION = tfds.core.Version("1.0.0")
     # Nothing is downloaded. (TFDS would look for the file of checksums through a package that it
@@ -60,7 +63,7 @@ class ConversationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
         self.split = split
         # An exception of our own, which TFDS would wrap on its way out.
         self.failure: Exception | None = None
-        text = json.dumps({**options, "split": split, "code": _code_hash()}, sort_keys=True)
+        text = json.dumps({**options, "split": split, "code": self.code_hash()}, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         config = tfds.core.BuilderConfig(name=name, version=str(self.VERSION), description=text)
         with quiet(logging.ERROR):
@@ -69,18 +72,22 @@ class ConversationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
             )
 
     @abc.abstractmethod
-    def conversations(self) -> Iterator[Conversation]:
-        """The conversations to write, in order."""
+    def texts(self) -> Iterator[str]:
+        """The records to write, in order."""
+
+    def code_hash(self) -> str:
+        """Of the modules that make the content, so that a change to one of them prepares anew."""
+        return _code_hash()
 
     def errors(self) -> list[tuple[int, str]]:
-        """(line, reason) of the records that `conversations` skipped so far."""
+        """(line, reason) of the records that `texts` skipped so far."""
         return []
 
     def _info(self) -> tfds.core.DatasetInfo:
         return _LocalInfo(
             builder=self,
             description=type(self).__doc__,
-            features=tfds.features.FeaturesDict({"conversation": tfds.features.Text()}),
+            features=tfds.features.FeaturesDict({self.FIELD: tfds.features.Text()}),
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
@@ -90,8 +97,8 @@ class ConversationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
         try:
-            for index, conversation in enumerate(self.conversations()):
-                yield index, {"conversation": conversation.to_json()}
+            for index, text in enumerate(self.texts()):
+                yield index, {self.FIELD: text}
         except Exception as error:
             self.failure = error
             raise
@@ -130,6 +137,20 @@ class ConversationBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=Tru
 
     def _log_download_done(self) -> None:
         pass
+
+
+class ConversationBuilder(RecordBuilder, skip_registration=True):
+    """A split of conversations, each one JSON text (`Conversation.to_json`)."""
+
+    FIELD, RECORD = "conversation", Conversation
+
+    @abc.abstractmethod
+    def conversations(self) -> Iterator[Conversation]:
+        """The conversations to write, in order."""
+
+    def texts(self) -> Iterator[str]:
+        for conversation in self.conversations():
+            yield conversation.to_json()
 
 
 class ArithmeticChat(ConversationBuilder):
@@ -228,7 +249,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 @functools.cache
 def _code_hash() -> str:
-    """Of the modules that make the content, so that a change to one of them prepares anew."""
+    """Of the modules that make conversations."""
     modules = (arithmetic, conversations, gsm8k, messages, records)
     digest = hashlib.sha256()
     for module in modules:

@@ -122,6 +122,15 @@ def empty_row(seq_len: int) -> Row:
     return row
 
 
+def batches(dataset: grain.IterDataset, batch_size: int, seq_len: int) -> grain.IterDataset:
+    """Rows to [B, S] batches; a last one that is not full is completed with rows of padding."""
+
+    def stacked(group: Sequence[Row]) -> dict[str, np.ndarray]:
+        return stack([*group, *[empty_row(seq_len)] * (batch_size - len(group))])
+
+    return dataset.batch(batch_size, drop_remainder=False, batch_fn=stacked)
+
+
 class PackedRows(grain.IterDataset):
     """Packs the layouts of a parent dataset into rows, a window at a time.
 

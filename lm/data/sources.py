@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random access to conversations: prepared once by a TFDS builder, then read from a cache.
+"""Random access to conversations and documents: prepared once by a TFDS builder, then read from a
+cache.
 
-`ArithmeticData`, `Gsm8kData` and `FileData` say where conversations come from; `open_source` turns
-one into a `ConversationSource`, which `grain.MapDataset.source` takes.
+`ArithmeticData`, `Gsm8kData` and `FileData` say where conversations come from, `PythonData` where
+documents do; `open_source` turns one into a `ConversationSource` or a `DocumentSource`, which
+`grain.MapDataset.source` takes.
 """
 
 import contextlib
@@ -14,15 +16,16 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, SupportsIndex
+from typing import IO, Any, ClassVar, Generic, SupportsIndex, TypeVar, overload
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from lm.data import builders
+from lm.data import builders, python_source
 from lm.data.arithmetic import SPLITS, ArithmeticConfig, Split
 from lm.data.messages import Conversation
+from lm.data.python_source import Document
 from lm.data.records import Delimiters
 from lm.errors import RunError, UserError
 
@@ -74,18 +77,38 @@ class FileData:
         return builders.JsonlChat(data_dir=data_dir, **fields)
 
 
-Data = ArithmeticData | Gsm8kData | FileData
+@dataclasses.dataclass(frozen=True)
+class PythonData:
+    """Python files: the standard library's, or all below `directories`; `validation_fraction` of
+    the files are held out. near: see `python_source.Reader`."""
+
+    directories: tuple[str, ...] = ()
+    site_packages: bool = False
+    near: float = 0.8
+    split: Split = "train"
+    validation_fraction: float = 0.0
+
+    def builder(self, data_dir: str) -> python_source.PythonSource:
+        fields = _fields(self, "split", "validation_fraction")
+        return python_source.PythonSource(data_dir=data_dir, **fields)
 
 
-class ConversationSource(Sequence[Conversation]):
-    """Prepared conversations by index, in the order of what they were made from.
+ConversationData = ArithmeticData | Gsm8kData | FileData
+Data = ConversationData | PythonData
+R = TypeVar("R", Conversation, Document)
+
+
+class _Source(Sequence[R], Generic[R]):
+    """Prepared records by index, in the order of what they were made from.
 
     It pickles as the place of its files, and serves several threads. skipped: how many malformed
     records of the file were left out; errors: (line, reason) of the first of them.
     """
 
+    _record: ClassVar[type[Any]]
+
     def __init__(self, directory: str, file: str | None, split: Split, fraction: float):
-        """file: the name that conversations report, None for the one that was prepared."""
+        """file: the name that records report, None for the one that was prepared."""
         self._directory, self._file = directory, file
         self._split, self._fraction = split, fraction
         self._open()
@@ -94,6 +117,7 @@ class ConversationSource(Sequence[Conversation]):
         with builders.quiet(logging.ERROR):
             builder = tfds.builder_from_directory(self._directory)
             (name,) = builder.info.splits
+            (self._field,) = builder.info.features
             self._data = builder.as_data_source(split=name)
         metadata = builder.info.metadata
         self.skipped: int = metadata["skipped"]
@@ -103,17 +127,17 @@ class ConversationSource(Sequence[Conversation]):
     def __len__(self) -> int:
         return len(self._data) if self._indices is None else len(self._indices)
 
-    def __getitem__(self, index: SupportsIndex) -> Conversation:
+    def __getitem__(self, index: SupportsIndex) -> R:
         number = operator.index(index)
         if not -len(self) <= number < len(self):
-            raise IndexError(f"conversation {number} of {len(self)}")
+            raise IndexError(f"{self._field} {number} of {len(self)}")
         number %= len(self)
         if self._indices is not None:
             number = int(self._indices[number])
-        conversation = Conversation.from_json(self._data[number]["conversation"])
+        record = self._record.from_json(self._data[number][self._field])
         if self._file is None:
-            return conversation
-        return dataclasses.replace(conversation, file=self._file)
+            return record
+        return dataclasses.replace(record, file=self._file)
 
     def __getstate__(self) -> tuple[Any, ...]:
         return (self._directory, self._file, self._split, self._fraction)
@@ -125,10 +149,36 @@ class ConversationSource(Sequence[Conversation]):
     def __repr__(self) -> str:
         # A data iterator's saved position names its source, wherever the cache lies.
         key = pathlib.Path(self._directory).parent.name
-        return f"ConversationSource({key}, {self._split}, {self._fraction})"
+        return f"{type(self).__name__}({key}, {self._split}, {self._fraction})"
 
 
-def open_source(data: Data, cache_dir: str | os.PathLike[str] | None = None) -> ConversationSource:
+class ConversationSource(_Source[Conversation]):
+    """Prepared conversations."""
+
+    _record = Conversation
+
+
+class DocumentSource(_Source[Document]):
+    """Prepared documents; `skipped` are files that could not be read."""
+
+    _record = Document
+
+
+@overload
+def open_source(
+    data: ConversationData, cache_dir: str | os.PathLike[str] | None = None
+) -> ConversationSource: ...
+
+
+@overload
+def open_source(
+    data: PythonData, cache_dir: str | os.PathLike[str] | None = None
+) -> DocumentSource: ...
+
+
+def open_source(
+    data: Data, cache_dir: str | os.PathLike[str] | None = None
+) -> ConversationSource | DocumentSource:
     """Prepares `data` in the cache unless it is there, and opens it.
 
     cache_dir: by default the environment's SKIM_CACHE, else ~/.cache/skim. Processes that share one
@@ -142,7 +192,7 @@ def open_source(data: Data, cache_dir: str | os.PathLike[str] | None = None) -> 
     if data.split not in SPLITS:
         raise UserError(f"split must be one of {', '.join(SPLITS)}, got {data.split!r}")
     root = pathlib.Path(cache_dir or os.environ.get("SKIM_CACHE") or "~/.cache/skim").expanduser()
-    file = None if isinstance(data, ArithmeticData) else os.fspath(data.path)
+    file = os.fspath(data.path) if isinstance(data, Gsm8kData | FileData) else None
     fraction = 0.0 if isinstance(data, ArithmeticData) else data.validation_fraction
     if not 0 <= fraction < 1:
         raise UserError(f"validation_fraction must be at least 0 and below 1, got {fraction}")
@@ -150,6 +200,8 @@ def open_source(data: Data, cache_dir: str | os.PathLike[str] | None = None) -> 
     with _cache_errors(root):
         fresh = _prepare(builder)
     held_out = "train" if isinstance(data, ArithmeticData) else data.split
+    if isinstance(data, PythonData):
+        return DocumentSource(builder.data_dir, None, held_out, fraction)
     source = ConversationSource(builder.data_dir, file, held_out, fraction)
     if source.skipped and not fresh:
         for line, reason in source.errors:
@@ -177,7 +229,7 @@ def _fields(data: Data, *without: str) -> dict[str, Any]:
     return {name: getattr(data, name) for name in names}
 
 
-def _prepare(builder: builders.ConversationBuilder) -> bool:
+def _prepare(builder: builders.RecordBuilder) -> bool:
     """Prepares the builder's directory unless it is there; whether this call did it."""
     directory = pathlib.Path(builder.data_dir)
     if directory.exists():
@@ -212,12 +264,12 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def _check(builder: builders.ConversationBuilder) -> None:
+def _check(builder: builders.RecordBuilder) -> None:
     """Reads the last record back: a disk that filled up need not have failed any write."""
     for split in builder.info.splits:
         data = builder.as_data_source(split=split)
         try:
-            Conversation.from_json(data[len(data) - 1]["conversation"])
+            builder.RECORD.from_json(data[len(data) - 1][builder.FIELD])
         except Exception as error:
             shutil.rmtree(builder.data_dir, ignore_errors=True)
             raise OSError(errno.EIO, "what was written does not read back") from error

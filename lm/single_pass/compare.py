@@ -19,6 +19,7 @@ import numpy as np
 
 from lm import loop, losses, setup, sharding, train
 from lm.config import Config
+from lm.data import packing
 from lm.errors import UserError
 from lm.progress import say
 from lm.single_pass import evaluate, layouts, pipeline, training
@@ -144,7 +145,7 @@ def gradient_noise(own: setup.Setup, job: loop.Job) -> float | None:
     params = job.initial()
     config = own.config
     source = setup.conversations(config.data)
-    dataset = pipeline.batches(
+    dataset = packing.batches(
         pipeline.rows(own, source, mode=config.data.mode, epochs=1),
         config.train.batch_size,
         config.data.seq_len,

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import grain
-import numpy as np
 
 from lm.data import packing
 from lm.data.conversations import Conversation
@@ -60,16 +59,6 @@ def rows(
     dataset = dataset.repeat(epochs)[process[0] :: process[1]]
     dataset = dataset.map(ToGroup(setup, mode or data.mode))
     return packing.PackedRows(dataset.to_iter_dataset(_READ), data.seq_len, data.window)
-
-
-def batches(dataset: grain.IterDataset, batch_size: int, seq_len: int) -> grain.IterDataset:
-    """[B, S] batches; a last one that is not full is completed with rows of padding."""
-
-    def stack(group: Sequence[packing.Row]) -> dict[str, np.ndarray]:
-        missing = batch_size - len(group)
-        return packing.stack([*group, *[packing.empty_row(seq_len)] * missing])
-
-    return dataset.batch(batch_size, drop_remainder=False, batch_fn=stack)
 
 
 def count_batches(dataset: grain.IterDataset) -> int:

@@ -58,7 +58,7 @@ def job(resolved: setup.Setup, total_steps: int | None = None, profile: str = ""
         process=process,
     )
     local = config.train.batch_size // jax.process_count()
-    dataset = pipeline.batches(rows, local, data.seq_len)
+    dataset = packing.batches(rows, local, data.seq_len)
     steps = config.train.steps or total_steps or pipeline.count_batches(dataset)
     if not steps:
         raise UserError("the data gives no row to train on")
