@@ -54,15 +54,15 @@ _HALF = {
 
 # (pass, head dim) -> config for float32, whose products are plain multiplications and additions.
 _SINGLE = {
-    ("forward", 64): Config(64, 32, 8, 2),
-    ("forward", 128): Config(32, 32, 8, 2),
-    ("forward", 256): Config(32, 32, 8, 1),
-    ("dq", 64): Config(32, 32, 8, 2),
-    ("dq", 128): Config(32, 32, 8, 1),
-    ("dq", 256): Config(32, 16, 8, 1),
-    ("dkdv", 64): Config(32, 32, 8, 1),
-    ("dkdv", 128): Config(16, 32, 8, 1),
-    ("dkdv", 256): Config(16, 16, 8, 1),
+    ("forward", 64): Config(32, 32, 4, 2),
+    ("forward", 128): Config(16, 16, 4, 2),
+    ("forward", 256): Config(16, 16, 4, 2),
+    ("dq", 64): Config(32, 32, 4, 2),
+    ("dq", 128): Config(32, 16, 8, 2),
+    ("dq", 256): Config(16, 16, 4, 2),
+    ("dkdv", 64): Config(16, 32, 4, 2),
+    ("dkdv", 128): Config(16, 32, 8, 2),
+    ("dkdv", 256): Config(16, 16, 8, 2),
 }
 
 # Part of jit's cache key, so that another config is another program.

@@ -89,11 +89,15 @@ class Program:
     kernels: tuple[Kernel, ...]
 
 
+def missing() -> list[str]:
+    """Which of the compile-only packages are not installed."""
+    return [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+
+
 def require() -> None:
-    """Skips the test module unless the compile-only packages are installed."""
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed", allow_module_level=True)
+    """Skips the test module unless they are."""
+    if packages := missing():
+        pytest.skip(f"not installed: {packages}", allow_module_level=True)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import dispatch
+from ops import _masked_attention_triton, dispatch
+from ops.masked_attention import masked_attention
 from ops.visibility import Visibility
 from pallas_kernels import masked_attention_triton_config as configs
 from pallas_kernels import triton_call
@@ -25,7 +26,7 @@ from tests.pallas_kernels import triton_interpreter
 _BLOCKS = {
     "forward": configs.Config(16, 32, 4, 1),
     "dq": configs.Config(32, 16, 4, 1),
-    "dkdv": configs.Config(16, 16, 4, 1),
+    "dkdv": configs.Config(32, 16, 4, 1),
 }
 
 
@@ -43,30 +44,29 @@ def compare(arguments):
     assert_close(actual, expected, arguments[0].dtype)
 
 
-# ragged lengths, and every number of query heads for a key head
-@pytest.mark.parametrize(("mask", "N", "K"), [(m, 4, 2) for m in MASKS])
-def test_masks(mask, N, K):
-    compare(problem(mask, 2, 53, 53, N, K, 64))
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask):
+    compare(problem(mask, 2, 53, 53, 2, 1, 64))
 
 
 @pytest.mark.parametrize(("N", "K", "H"), [(2, 2, 64), (4, 1, 128), (8, 1, 64), (1, 1, 256)])
 def test_grouped_heads_and_head_dims(N, K, H):
-    compare(problem("hidden", 1, 37, 37, N, K, H))
+    compare(problem("tree", 1, 37, 37, N, K, H))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype):
-    compare(problem("random", 2, 40, 40, 4, 2, 64, dtype))
+    compare(problem("random", 1, 37, 37, 2, 1, 64, dtype))
 
 
 def test_without_hidden_runs_and_offsets():
-    mask = Visibility.documents([[40, 9], [0, 53]], 60)
-    compare(problem(mask, 2, 60, 60, 4, 2, 64))
+    mask = Visibility.documents([[40, 9], [0, 53]], 53)
+    compare(problem(mask, 2, 53, 53, 2, 1, 64))
 
 
-@pytest.mark.parametrize(("num_rows", "offset"), [(18, [40, 3]), (70, [0, -7]), (1, [57, 0])])
+@pytest.mark.parametrize(("num_rows", "offset"), [(18, [30, 3]), (50, [0, -7]), (1, [36, 0])])
 def test_rows_and_keys_of_different_lengths(num_rows, offset):
-    q, k, v, mask = problem("hidden", 2, num_rows, 58, 2, 1, 64)
+    q, k, v, mask = problem("hidden", 2, num_rows, 37, 1, 1, 64)
     compare((q, k, v, dataclasses.replace(mask, row_offset=jnp.array(offset, jnp.int32))))
 
 
@@ -92,21 +92,19 @@ def test_blocks_that_nobody_needs_are_not_computed():
 
 def test_fully_visible_blocks_are_not_masked(monkeypatch):
     """Lists that call every block full give attention without a mask."""
-    from ops import _masked_attention_triton as op
-
-    lists = op._lists
-    monkeypatch.setattr(op, "_lists", lambda table: lists(jnp.full_like(table, 2)))
+    lists = _masked_attention_triton._lists
+    monkeypatch.setattr(
+        _masked_attention_triton, "_lists", lambda table: lists(jnp.full_like(table, 2))
+    )
     q, k, v, mask = problem("causal", 1, 64, 64, 2, 1, 64)
-    (out, _), _ = value_and_gradients("triton", "full", q, k, v, mask)
+    out = jax.jit(lambda *x: masked_attention(*x, mask, implementation="triton"))(q, k, v)
     expected = jax.nn.dot_product_attention(q, k, v)
     assert_close(out, expected, "float32")
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(scale):
-    from ops.masked_attention import masked_attention
-
-    q, k, v, mask = problem("tree", 1, 37, 37, 2, 1, 64)
+    q, k, v, mask = problem("tree", 1, 37, 37, 2, 2, 64)
 
     def gradients(implementation):
         def loss(*x):
@@ -119,7 +117,7 @@ def test_scales_that_are_not_positive(scale):
 
 
 def test_large_scores_do_not_overflow():
-    q, k, v, mask = problem("causal", 2, 37, 37, 2, 1, 64)
+    q, k, v, mask = problem("causal", 2, 53, 53, 2, 1, 64)
     outputs, gradients = value_and_gradients("triton", None, 30 * q, 30 * k, v, mask)
     assert all(np.isfinite(x).all() for x in (*outputs, *gradients))
     expected = value_and_gradients("reference", None, 30 * q, 30 * k, v, mask)
