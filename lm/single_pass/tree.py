@@ -146,7 +146,12 @@ class PrefixTree:
         return node
 
     def layout(self) -> Layout:
-        """Lays the tree out depth first, the branch of the latest sample last."""
+        """Lays the tree out depth first, the branch of the latest sample first.
+
+        What later turns go on from is then one run of rows, and the thoughts that they drop follow
+        in reverse: a block of rows sees one prefix of that run instead of many pieces, so nearly
+        all of its blocks of keys are fully visible.
+        """
         order, starts, sizes = self._preorder()
         low = [self._low[node] for node in order]
         lengths = [self._high[node] - self._low[node] for node in order]
@@ -178,7 +183,7 @@ class PrefixTree:
         count = len(self._source)
         starts, sizes = [0] * count, [0] * count
         order: list[int] = []
-        pending = list(reversed(self._children[0].values()))
+        pending = list(self._children[0].values())
         row = 0
         while pending:
             node = pending.pop()
@@ -188,7 +193,7 @@ class PrefixTree:
             row += sizes[node]
             children = self._children[node]
             if children:
-                pending.extend(reversed(children.values()))
+                pending.extend(children.values())
         for node in reversed(order):
             sizes[self._parent[node]] += sizes[node]
         return order, starts, sizes

@@ -33,7 +33,7 @@ def test_roles_and_turns():
     assert text_of(rows, "user", 0) == "question 0"
     assert text_of(rows, "user", 1) == "question 1"
     assert text_of(rows, "thought", 0) == r"<think>\nwhy\n</think>\n\n"
-    assert text_of(rows, "response", 0) == "reply 0<|im_end|>reply 0"  # trained, then context
+    assert text_of(rows, "response", 0) == "reply 0reply 0<|im_end|>"  # context, then trained
     assert text_of(rows, "response", 1) == "reply 1<|im_end|>"
     assert [r.index for r in rows] == list(range(layout.length))
     assert [r.position for r in rows] == layout.positions.tolist()
@@ -61,7 +61,7 @@ def test_tool_loop_roles():
     ((_, rows),) = rows_of("tool_loop")
     assert text_of(rows, "tool", 1).startswith("6")
     call = text_of(rows, "response", 0)
-    assert call.startswith("<tool_call>")
+    assert call.count("<tool_call>") == 1
     assert text_of(rows, "response", 1).count("<tool_call>") == 1
 
 

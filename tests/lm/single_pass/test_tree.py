@@ -29,7 +29,7 @@ def sample_lists(draw):
 
 
 def brute_force(samples):
-    """A trie of token tuples in depth-first order; the branch with the latest sample comes last."""
+    """A trie of token tuples in depth-first order; the branch with the latest sample comes first."""
     latest, weights, shares, first = {}, {}, {}, {}
     for number, s in enumerate(samples):
         tokens = tuple(s.tokens.tolist())
@@ -45,7 +45,7 @@ def brute_force(samples):
         if node:
             order.append(node)
         children = [n for n in latest if len(n) == len(node) + 1 and n[: len(node)] == node]
-        for child in sorted(children, key=latest.get):
+        for child in sorted(children, key=latest.get, reverse=True):
             visit(child)
         until[node] = len(order)
 
@@ -110,32 +110,32 @@ def test_prefix_groups_share_one_path(samples):
 def test_literal_mask_of_two_turns_with_thoughts():
     # h=1, t=2 3, r=4; then h=5, t=6, r=7; the second prompt is h r h.
     layout = tree.build_tree([sample([1, 2, 3, 4], 1, 0), sample([1, 4, 5, 6, 7], 3, 1)])
-    assert layout.tokens.tolist() == [1, 2, 3, 4, 4, 5, 6, 7]
-    assert layout.positions.tolist() == [0, 1, 2, 3, 1, 2, 3, 4]
+    assert layout.tokens.tolist() == [1, 4, 5, 6, 7, 2, 3, 4]
+    assert layout.positions.tolist() == [0, 1, 2, 3, 4, 1, 2, 3]
     rows, keys = np.arange(8)[:, None], np.arange(8)[None]
     mask = (keys <= rows) & (rows < layout.until[None])
     assert mask.astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],  # h
-        [1, 1, 0, 0, 0, 0, 0, 0],  # t
-        [1, 1, 1, 0, 0, 0, 0, 0],  # t
-        [1, 1, 1, 1, 0, 0, 0, 0],  # r, trained: sees the thought
-        [1, 0, 0, 0, 1, 0, 0, 0],  # r, context: does not
-        [1, 0, 0, 0, 1, 1, 0, 0],  # h
-        [1, 0, 0, 0, 1, 1, 1, 0],  # t
-        [1, 0, 0, 0, 1, 1, 1, 1],  # r
+        [1, 1, 0, 0, 0, 0, 0, 0],  # r, context: does not see the thought
+        [1, 1, 1, 0, 0, 0, 0, 0],  # h
+        [1, 1, 1, 1, 0, 0, 0, 0],  # t
+        [1, 1, 1, 1, 1, 0, 0, 0],  # r
+        [1, 0, 0, 0, 0, 1, 0, 0],  # t of the first turn
+        [1, 0, 0, 0, 0, 1, 1, 0],  # t
+        [1, 0, 0, 0, 0, 1, 1, 1],  # r, trained: sees the thought
     ]
     assert layout.pairs == mask.sum()
     edges = list(zip(layout.edge_rows.tolist(), layout.edge_targets.tolist(), strict=True))
-    assert edges == [(0, 2), (1, 3), (2, 4), (5, 6), (6, 7)]
-    assert layout.edge_turns.tolist() == [0, 0, 0, 1, 1]
+    assert edges == [(2, 6), (3, 7), (0, 2), (5, 3), (6, 4)]
+    assert layout.edge_turns.tolist() == [1, 1, 0, 0, 0]
 
 
 def test_a_row_can_have_several_targets():
     layout = tree.build_tree([sample([1, 2], 1), sample([1, 3], 1), sample([1, 2], 1)])
-    assert layout.tokens.tolist() == [1, 3, 2]  # 2 comes last: the latest sample is there
+    assert layout.tokens.tolist() == [1, 2, 3]  # 2 comes first: the latest sample is there
     assert layout.edge_rows.tolist() == [0, 0]
-    assert layout.edge_targets.tolist() == [3, 2]
-    assert layout.edge_weights.tolist() == [1, 2]
+    assert layout.edge_targets.tolist() == [2, 3]
+    assert layout.edge_weights.tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("name", ALL)
