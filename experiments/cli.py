@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,21 @@ def _skip_absent_tpu() -> None:
         )
 
 
+def _skip_absent_gpu() -> None:
+    """The CUDA plugin may be here only to compile with; without a GPU, each of its libraries would
+    complain when JAX loads it, and no setting quiets them."""
+    present = any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg")))
+    if present or "cuda" in os.environ.get("JAX_PLATFORMS", ""):
+        return
+    for version in ("12", "13"):
+        sys.modules.setdefault(f"jax_cuda{version}_plugin", None)  # imports as not installed
+        absent = types.ModuleType(f"jax_plugins.xla_cuda{version}")
+        absent.initialize = lambda: None
+        sys.modules.setdefault(absent.__name__, absent)
+
+
 _skip_absent_tpu()
+_skip_absent_gpu()
 
 import jax
 from absl import app, flags, logging
