@@ -55,7 +55,7 @@ def edge_log_probs(
 ) -> jax.Array:
     """Log-probability of each edge's target, [B, E] float32; 0 on padding edges."""
     states = forward(config, params, batch, execution)
-    return _log_probs(config, params, states, batch, None, execution)[1]
+    return _log_probs(config, params, states, batch, None, execution)
 
 
 def weighted_log_prob(
@@ -76,6 +76,23 @@ def _log_probs(config, params, states, batch, weights, execution):
     with jax.named_scope("edges"):
         x = jnp.take_along_axis(states, rows, axis=1)  # [B, E, D]
         table = transformer.unembedding(config, params).astype(x.dtype)
+    return sharded_log_prob(
+        x, table, batch["edge_targets"], weights, execution, config.logit_softcap
+    )
+
+
+def sharded_log_prob(
+    x: jax.Array,  # [B, E, D]
+    table: jax.Array,  # [V, D]
+    targets: jax.Array,  # [B, E] int32
+    weights: jax.Array | None,  # [B, E]
+    execution: Execution,
+    softcap: float | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """`linear_log_prob` of every row, batch and vocabulary split over the mesh.
+
+    Returns what the op returns: log-probabilities [B, E], or with weights their total and them.
+    """
     sharding = execution.sharding
     tensor = None
     if sharding is not None and sharding.size("vocab") > 1:
@@ -87,24 +104,26 @@ def _log_probs(config, params, states, batch, weights, execution):
             table,
             targets.reshape(-1),
             None if weights is None else weights.reshape(-1),
-            softcap=config.logit_softcap,
+            softcap=softcap,
             valid_vocab=execution.valid_vocab,
             vocab_axis=tensor,
             implementation=execution.implementation,
         )
-        total, log_prob = (jnp.zeros((), jnp.float32), out) if weights is None else out
+        if weights is None:
+            return out.reshape(targets.shape)
+        total, log_prob = out
         if sharding is not None:
             total = jax.lax.psum(total, sharding.axes("batch"))
         return total, log_prob.reshape(targets.shape)
 
-    arguments = (x, table, batch["edge_targets"], weights)
+    arguments = (x, table, targets, weights)
     if sharding is None:
         return local(*arguments)
-    edges = sharding.spec("batch", None)
-    specs = (sharding.spec("batch", None, None), P(tensor, None), edges, edges)
+    rows = sharding.spec("batch", None)
+    specs = (sharding.spec("batch", None, None), P(tensor, None), rows, rows)
     if weights is None:
         specs = (*specs[:3], None)
-    return sharding.shard_map(local, specs, (P(), edges))(*arguments)
+    return sharding.shard_map(local, specs, rows if weights is None else (P(), rows))(*arguments)
 
 
 def normalised(batch: Batch, log_probs: jax.Array) -> dict[str, jax.Array]:
