@@ -8,7 +8,9 @@ imported only when it is asked for.
 
 import contextlib
 import functools
+import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +50,9 @@ def torch_flex(problem: Problem, backward: bool) -> Prepared:
     torch, (q, k, v, d_out) = _torch_tensors(problem)
     from torch.nn.attention import flex_attention as flex
 
+    # jax-triton empties this, and Inductor then finds no place for its kernels
+    if not os.environ.get("TRITON_CACHE_DIR"):
+        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
     # every length and mask is a program of its own, which is not to be mistaken for a leak
     torch._dynamo.config.cache_size_limit = 1024
     torch._dynamo.config.accumulated_cache_size_limit = 4096
