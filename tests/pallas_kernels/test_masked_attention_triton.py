@@ -37,7 +37,7 @@ def test_numerics_interpreted():
     environment.pop("PYTEST_XDIST_WORKER", None)
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 15
 
 
 def gradients(q, k, v, *vectors):
