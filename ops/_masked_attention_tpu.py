@@ -60,17 +60,19 @@ def block_sizes(chip: str | None, q: jax.Array, k: jax.Array) -> BlockSizes:
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
     platform = dispatch.current_platform()
     if platform != "tpu" and tpu_interpret.current() is None:
-        raise dispatch.Unsupported(f"runs on TPU (here: {platform})")
-    head_dim, group = q.shape[3], q.shape[2] // k.shape[2]
-    if head_dim not in _HEAD_DIMS:
-        raise dispatch.Unsupported(f"head dim {head_dim}; 64, 128 and 256 are served")
+        raise dispatch.Unsupported(f"pallas_tpu: runs on TPU (here: {platform})")
     if not q.dtype == k.dtype == v.dtype or q.dtype.name not in _DTYPES:
         raise dispatch.Unsupported(
-            f"q {q.dtype}, k {k.dtype}, v {v.dtype}; all bfloat16 or all float32 are served"
+            f"pallas_tpu: q, k and v of types {q.dtype}, {k.dtype} and {v.dtype}; one of "
+            f"{' and '.join(_DTYPES)} for all three is served"
         )
+    head_dim, group = q.shape[3], q.shape[2] // k.shape[2]
+    if head_dim not in _HEAD_DIMS:
+        raise dispatch.Unsupported(f"pallas_tpu: head dim {head_dim}; 64, 128 and 256 are served")
     if group > _LARGEST_GROUP:
         raise dispatch.Unsupported(
-            f"{group} query heads per key and value head; up to {_LARGEST_GROUP} are served"
+            f"pallas_tpu: {group} query heads per key and value head; up to {_LARGEST_GROUP} are "
+            "served"
         )
 
 
@@ -90,9 +92,9 @@ def _fitting(blocks: BlockSizes, q: jax.Array, k: jax.Array, visibility: Visibil
         keys = 2 * blocks.k
         if keys > _LARGEST_KEY_BLOCK:
             raise dispatch.Unsupported(
-                f"{B} sequences of {T} rows and {S} keys: the list of tiles takes up to "
-                f"{needed >> 10} KiB, and the scalar memory has {_SCALAR_BYTES >> 10}; split the "
-                "batch"
+                f"pallas_tpu: {B} sequences of {T} rows and {S} keys: the list of tiles takes up "
+                f"to {needed >> 10} KiB, and the scalar memory has {_SCALAR_BYTES >> 10}; split "
+                "the batch"
             )
         blocks = kernels.fit(dataclasses.replace(blocks, k=keys), T, S)
     return blocks

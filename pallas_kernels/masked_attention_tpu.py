@@ -92,7 +92,7 @@ class TileCode:
     codes orders the tiles.
 
     A run is the block that stays in VMEM (queries in the forward and dq kernels, keys in the dk/dv
-    kernel), the place is the block of the other side.
+    kernel), the place is the block of the other side. What fits scalar memory fits the 31 bits.
     """
 
     num_runs: int
@@ -105,9 +105,6 @@ class TileCode:
     @property
     def _place_bits(self) -> int:
         return (self.num_places - 1).bit_length()
-
-    def bits(self, batch: int) -> int:
-        return (batch - 1).bit_length() + self._run_bits + self._place_bits + _FLAG_BITS
 
     def pack(self, batch, run, place, flags):
         return (((batch << self._run_bits | run) << self._place_bits | place) << _FLAG_BITS) | flags
