@@ -90,7 +90,7 @@ def _fitting(blocks: BlockSizes, q: jax.Array, k: jax.Array, visibility: Visibil
     causal = visibility.row_offset is None
     while (needed := 4 * B * _most_tiles(blocks, T, S, causal)) > _SCALAR_BYTES:
         keys = 2 * blocks.k
-        if keys > _LARGEST_KEY_BLOCK:
+        if keys > _LARGEST_KEY_BLOCK or blocks.k >= S:
             raise dispatch.Unsupported(
                 f"pallas_tpu: {B} sequences of {T} rows and {S} keys: the list of tiles takes up "
                 f"to {needed >> 10} KiB, and the scalar memory has {_SCALAR_BYTES >> 10}; split "

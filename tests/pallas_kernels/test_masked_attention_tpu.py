@@ -239,9 +239,9 @@ def test_other_platforms_are_refused():
 def test_long_lists_take_larger_blocks_and_then_are_refused():
     """131072 keys: 1024 * 256 / 2 tiles of 128 rows and 512 keys."""
 
-    def fitted(batch):
-        q = jax.ShapeDtypeStruct((batch, 1 << 17, 8, 128), jnp.bfloat16)
-        mask = Visibility(jax.ShapeDtypeStruct((batch, 1 << 17), jnp.int32))
+    def fitted(batch, length=1 << 17):
+        q = jax.ShapeDtypeStruct((batch, length, 8, 128), jnp.bfloat16)
+        mask = Visibility(jax.ShapeDtypeStruct((batch, length), jnp.int32))
         return tpu._fitting(BlockSizes(128, 512, 256), q, q, mask)
 
     assert fitted(1).k == 512
@@ -249,6 +249,8 @@ def test_long_lists_take_larger_blocks_and_then_are_refused():
     assert fitted(4).k == 2048
     with pytest.raises(dispatch.Unsupported, match=r"8 sequences .* scalar memory has 768"):
         fitted(8)
+    with pytest.raises(dispatch.Unsupported, match="split the batch"):
+        fitted(1 << 18, 100)
 
 
 @pytest.mark.parametrize("chip", [None, *kernels._TILES])
