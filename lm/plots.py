@@ -26,6 +26,10 @@ _COLOURS = {
     "n_pass_merged": "#E69F00",
     "paper": "#009E73",
     "k_pass": "#CC79A7",
+    "cp": "#0072B2",
+    "hmm": "#D55E00",
+    "hydra": "#009E73",
+    "draft_model": "#CC79A7",
 }
 _OTHERS = ("#56B4E9", "#000000", "#8C6D31", "#6A51A3")
 _LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
@@ -49,6 +53,7 @@ _STYLE = {
     "axes.facecolor": "white",
     "savefig.facecolor": "white",
 }
+_MARKS = {"markersize": 4.5, "elinewidth": 1.1, "capsize": 2.5}
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -162,10 +167,8 @@ def exact_match_by_depth(rows: Sequence[Row]) -> Figure:
             yerr=reach,
             color=colour(method),
             marker="o",
-            markersize=4.5,
             linestyle=style,
-            elinewidth=1.1,
-            capsize=2.5,
+            **_MARKS,
         )
     axes.set_ylim(0, 1.03)
     depths = sorted({row["depth"] for row in rows})
@@ -248,6 +251,38 @@ def rates(rows: Sequence[Row]) -> Figure:
         if column == 0:
             panel.set_ylabel("TFLOP/s on visible pairs")
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
+
+
+@_styled
+def by_rank(
+    lines: Mapping[str, Sequence[tuple[int, float, float]]],
+    ylabel: str,
+    baselines: Mapping[str, float] | None = None,
+) -> Figure:
+    """A quantity against the rank of a head, on a logarithmic axis of ranks.
+
+    lines: per label, which starts with the method, (rank, value, half of its 95 % interval or NaN).
+    baselines: methods without a rank, as horizontal lines.
+    """
+    figure, axes = _new(6.4, 3.5)
+    for (label, points), style in zip(lines.items(), _line_styles(lines), strict=True):
+        x, y, reach = zip(*sorted(points), strict=True)
+        reach = [0.0 if math.isnan(value) else value for value in reach]
+        axes.errorbar(x, y, yerr=reach, color=colour(label), linestyle=style, marker="o", **_MARKS)
+    ranks = sorted({point[0] for points in lines.values() for point in points})
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, color="#888888", linestyle=(0, (2, 2)), linewidth=1.2)
+        place = (0, value), ("axes fraction", "data")
+        axes.annotate(name, *place[:1], (3, 3), xycoords=place[1], textcoords="offset points")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.minorticks_off()
+    axes.set_xlim(ranks[0] / 1.2, ranks[-1] * 1.2)
+    axes.set_ylim(bottom=0 if baselines else None)
+    axes.set_xlabel("rank")
+    axes.set_ylabel(ylabel)
+    _label_ends(axes, list(lines), containers=True)
     return figure
 
 
