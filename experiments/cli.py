@@ -14,7 +14,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 
 def _skip_absent_tpu() -> None:
@@ -54,6 +54,7 @@ from lm.errors import RunError, UserError
 from ops.dispatch import Unsupported
 
 FLAGS = flags.FLAGS
+C = TypeVar("C", bound=Config)
 
 
 class CheckFailed(Exception):
@@ -65,13 +66,14 @@ class CheckFailed(Exception):
         self.result = result
 
 
-def define_config(data: bool = True, workdir: bool = False) -> None:
+def define_config(data: bool = True, workdir: bool = False, required: bool = True) -> None:
     """Defines --config, and --data and --workdir where a command takes them."""
     config_flags.DEFINE_config_file(
         "config",
         help_string="FILE.py:PRESET; override keys as --config.section.key=value",
     )
-    flags.mark_flag_as_required("config")
+    if required:
+        flags.mark_flag_as_required("config")
     if data:
         flags.DEFINE_string(
             "data", None, "conversations to use instead of the config's (JSON, JSONL, .gz)"
@@ -81,7 +83,7 @@ def define_config(data: bool = True, workdir: bool = False) -> None:
         flags.mark_flag_as_required("workdir")
 
 
-def config() -> Config:
+def config(cls: type[C] = Config) -> C:
     """The frozen config of this command: the preset, overrides, and --data."""
     try:
         values = FLAGS.config.to_dict()
@@ -89,7 +91,7 @@ def config() -> Config:
         raise UserError(f"--config: cannot read the file: {_last_line(error)}") from error
     if "data" in FLAGS and FLAGS.data is not None:
         values.setdefault("data", {})["source"] = FLAGS.data
-    return freeze(values)
+    return freeze(values, cls)
 
 
 def define_distributed() -> None:

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from lm import hardware, setup, sharding, train, transformer
+from lm import flops, hardware, setup, sharding, train, transformer
 from lm.config import Config
 from lm.data.layout import EDGE_FIELDS, ROW_FIELDS
 from lm.errors import RunError, UserError
 from lm.losses import Execution
-from lm.single_pass import plan
 from ops import dispatch
 
 
@@ -96,13 +95,13 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
         raise UserError(f"no data sheet for {devices[0].device_kind}")
     tokens = config.train.batch_size * config.data.seq_len
     pairs = config.train.batch_size * config.data.seq_len * (config.data.seq_len + 1) // 2
-    flops = plan.training_flops(setup.resolve(config).model, tokens, tokens, pairs)
+    total = flops.training_flops(setup.resolve(config).model, tokens, tokens, pairs)
     return {
         "parameters": parameters,
         "chips": len(devices),
         "bytes_per_chip": hardware.compiled_bytes(compiled),
         "hbm_bytes": chip.memory,
-        "flops_per_chip": flops / len(devices),
+        "flops_per_chip": total / len(devices),
         "compile_s": round(seconds, 1),
     }
 

@@ -123,6 +123,16 @@ class Checkpoints:
             return Restored(step, out.state, out.meta)
         return None
 
+    def stored_params(self) -> Any:
+        """Shapes and dtypes of the parameters in the newest readable checkpoint; None without."""
+        for step in reversed(self.steps()):
+            try:
+                params = self._manager.item_metadata(step).state["params"]
+            except Exception:  # `restore` says what is wrong with it
+                continue
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        return None
+
     def reached_preemption(self, step: int) -> bool:
         """Whether the hosts have agreed to stop at this step (several processes only)."""
         return self._manager.reached_preemption(step)

@@ -42,6 +42,8 @@ class Job:
     total_steps: int
     sharding: Sharding | None = None
     flops: Callable[[Mapping[str, np.ndarray]], float] | None = None  # model FLOPs of a host batch
+    # from the sums of a step to what is logged; `loss_<train.weighting>` must be among it
+    metrics: Callable[[Mapping[str, Any]], dict[str, float]] = train.mean_losses
     hook: Hook | None = None
     profile: str = ""  # directory for a JAX trace of a few steps
 
@@ -174,7 +176,7 @@ class _Log:
         step, sums = self._pending
         self._pending = None
         sums = jax.device_get(sums)
-        values = train.mean_losses(sums)
+        values = self._job.metrics(sums)
         self._loss = values[f"loss_{self._job.config.train.weighting}"]
         if not (math.isfinite(self._loss) and math.isfinite(float(sums["grad_norm"]))):
             raise RunError(

@@ -55,7 +55,7 @@ def edge_log_probs(
 ) -> jax.Array:
     """Log-probability of each edge's target, [B, E] float32; 0 on padding edges."""
     states = forward(config, params, batch, execution)
-    return _log_probs(config, params, states, batch, None, execution)
+    return log_probs_of(config, params, states, batch, None, execution)
 
 
 def weighted_log_prob(
@@ -68,10 +68,18 @@ def weighted_log_prob(
     """sum over edges of weight * log-probability (differentiable), and [B, E] log-probabilities
     (not)."""
     states = forward(config, params, batch, execution)
-    return _log_probs(config, params, states, batch, batch[WEIGHTS[weighting]], execution)
+    return log_probs_of(config, params, states, batch, batch[WEIGHTS[weighting]], execution)
 
 
-def _log_probs(config, params, states, batch, weights, execution):
+def log_probs_of(
+    config: ModelConfig,
+    params: transformer.Params,
+    states: jax.Array,  # [B, S, D]
+    batch: Batch,
+    weights: jax.Array | None,  # [B, E]
+    execution: Execution,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The edges' targets under the states of their rows; returns as `sharded_log_prob`."""
     rows = batch["edge_rows"][..., None]
     with jax.named_scope("edges"):
         x = jnp.take_along_axis(states, rows, axis=1)  # [B, E, D]

@@ -258,23 +258,39 @@ def load_workdir(path: pathlib.Path) -> tuple[Setup, transformer.Params]:
 
 
 def restored_params(setup: Setup, workdir: Workdir) -> transformer.Params:
-    """All parameters after the newest checkpoint of `workdir`, under `setup`, adapters kept
-    apart."""
+    """All parameters of the model after the newest checkpoint of `workdir`, under `setup`, adapters
+    kept apart."""
+    return restored(setup, workdir)[0]
+
+
+def restored(setup: Setup, workdir: Workdir) -> tuple[transformer.Params, transformer.Params]:
+    """(the model's parameters, what was trained beside them) after the newest checkpoint.
+
+    A method that trains more than the model stores {"params": the model's, "head": its own}; where
+    the model was frozen it stores its own alone, and the model is read where the run found it.
+    """
     if not workdir.checkpoints.is_dir():
         raise UserError(f"{workdir.path} has no checkpoint; train first")
     optimizer = train.make_optimizer(setup.config.optimizer, 1)
-    abstract = jax.eval_shape(
-        lambda p: train.init_state(p, optimizer, 0, None), abstract_trained(setup.model)
-    )
     store = checkpoint.Checkpoints(workdir.checkpoints)
     try:
-        restored = store.restore(abstract)
+        stored = store.stored_params() or {}
+        wanted = abstract_trained(setup.model)
+        if "head" in stored:
+            model = {"params": wanted} if "params" in stored else {}
+            wanted = {**model, "head": stored["head"]}
+        abstract = jax.eval_shape(lambda p: train.init_state(p, optimizer, 0, None), wanted)
+        found = store.restore(abstract)
     finally:
         store.close()
-    if restored is None:
+    if found is None:
         raise UserError(f"{workdir.path} has no whole checkpoint; train first")
-    frozen = frozen_params(setup, None)
-    return train.merge(restored.state.params, frozen)
+    trained, beside = found.state.params, {}
+    if "head" in stored:
+        trained, beside = trained.get("params"), trained["head"]
+    if trained is None:
+        return whole_model(setup, None), beside
+    return train.merge(trained, frozen_params(setup, None)), beside
 
 
 def abstract_trained(model: ModelConfig) -> transformer.Params:
@@ -292,6 +308,11 @@ def frozen_params(setup: Setup, mesh: sharding.Sharding | None) -> transformer.P
     if not setup.model.lora.rank:
         return {}
     return _part(setup, mesh, which=1, dtype=setup.model.dtype)
+
+
+def whole_model(setup: Setup, mesh: sharding.Sharding | None) -> transformer.Params:
+    """Every parameter of a model without adapters, in the compute dtype: a trunk to train on."""
+    return _part(setup, mesh, which=0, dtype=setup.model.dtype)
 
 
 def initial_params(setup: Setup) -> transformer.Params:

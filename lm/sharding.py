@@ -35,9 +35,26 @@ _KERNELS = {
 }
 
 
+# parameters that a method trains beside the model's: {"params": model, "head": these}
+_HEAD = {
+    ("gate", "kernel"): ("embed", "rank"),
+    ("expander", "down"): ("step", "rank", "embed", "width"),
+    ("expander", "up"): ("step", "rank", "width", "embed"),
+    ("expander", "kernel"): ("step", "rank", "embed", "out"),
+    ("expander", "table"): ("step", "rank", "vocab", "embed"),
+    ("transition", "logits"): ("step", "rank", "rank"),
+    ("transition", "kernel"): ("step", "embed", "rank", "rank"),
+    ("vocab", "ids"): ("id",),
+}
+
+
 def dims_of(path: tuple[str, ...]) -> tuple[str | None, ...]:
     """The logical dimensions of a parameter by its path, e.g. ("layers", "attention", "q",
-    "kernel")."""
+    "kernel"), or ("params", ...) and ("head", ...) where a method trains more than the model."""
+    if path[0] == "head":
+        return _HEAD[path[1:]]
+    if path[0] == "params":
+        path = path[1:]
     prefix: tuple[str | None, ...] = ("layers",) if path[0] == "layers" else ()
     leaf = path[-1]
     if leaf == "table":

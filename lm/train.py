@@ -60,7 +60,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 def _decayed(params: Params) -> Any:
     """True for matrices and tables: by name, since layers are stacked and shapes mislead."""
-    names = {"kernel", "table", "lora_a", "lora_b"}
+    names = {"kernel", "table", "lora_a", "lora_b", "down", "up"}
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 

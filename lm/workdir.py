@@ -2,6 +2,7 @@
 """A run's directory: config.json, env.json, metrics.jsonl, eval.jsonl, checkpoints/, plots/,
 report.html."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
@@ -20,6 +21,7 @@ from tensorboardX import SummaryWriter
 from lm.config import Config, freeze, to_dict
 from lm.errors import RunError, UserError
 
+C = TypeVar("C", bound=Config)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -42,7 +44,7 @@ class Workdir:
         except OSError as error:
             raise UserError(f"cannot create workdir {self.path}: {error.strerror}") from error
         if not jax.process_index() and (self.path / "config.json").exists():
-            _log_differences(to_dict(self.config()), to_dict(config))
+            _log_differences(to_dict(self.config(type(config))), to_dict(config))
 
     def record(self, config: Config) -> None:
         """Writes config.json and env.json: once it is sure that this config can run here."""
@@ -51,14 +53,18 @@ class Workdir:
         self.write("config.json", json.dumps(to_dict(config), indent=2) + "\n")
         self.write("env.json", json.dumps(environment(), indent=2) + "\n")
 
-    def config(self) -> Config:
-        """The config of the run that made this directory."""
+    def config(self, cls: type[C] = Config) -> C:
+        """The config of the run that made this directory, without sections that `cls` lacks: those
+        are another method's."""
         try:
-            return freeze(json.loads((self.path / "config.json").read_text()))
+            values = json.loads((self.path / "config.json").read_text())
         except OSError as error:
             raise UserError(f"{self.path} is not a workdir: no readable config.json") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{self.path}/config.json: {error}") from error
+        known = {field.name for field in dataclasses.fields(cls)}
+        other = {k for k, v in values.items() if isinstance(v, dict) and k not in known}
+        return freeze({k: v for k, v in values.items() if k not in other}, cls)
 
     def write(self, name: str, text: str) -> None:
         """Writes a whole file, atomically."""

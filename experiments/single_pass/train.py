@@ -11,6 +11,7 @@ bit for bit on CPU. The last line is {"step": n, "loss": x, "params_sha256": "..
 from absl import flags
 
 from experiments import cli
+from lm import jobs
 from lm.single_pass import training
 from lm.workdir import Workdir
 
@@ -23,7 +24,7 @@ PROFILE = flags.DEFINE_bool(
 
 def main() -> dict[str, object]:
     cli.initialize_distributed()
-    return training.result(training.run(cli.config(), Workdir(cli.FLAGS.workdir), PROFILE.value))
+    return jobs.result(training.run(cli.config(), Workdir(cli.FLAGS.workdir), PROFILE.value))
 
 
 if __name__ == "__main__":

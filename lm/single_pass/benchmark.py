@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import hardware, losses, setup, sharding, train
+from lm import hardware, jobs, losses, setup, sharding, train
 from lm.data import packing
 from lm.errors import UserError
 from lm.progress import Progress
-from lm.single_pass import layouts, training
+from lm.single_pass import layouts
 from lm.single_pass.samples import Sample
 
 
@@ -84,7 +84,7 @@ def benchmark(
     groups = [list(samples) for samples in conversations]
     entries = [_rows_of(mode, groups, config.data) for mode in modes]
     mesh = sharding.make(config.mesh, resolved.model)
-    training.check_batch(config, mesh)
+    jobs.check_batch(config, mesh)
     step, state, frozen, memory = _compiled(resolved, mesh, _batch(entries[0], 0, config))
     with Progress("benchmark", (warmup + repeats) * len(entries)) as progress:
         for repeat in range(-warmup, repeats):
@@ -123,7 +123,7 @@ def _batch(entry: _Mode, index: int, config: Any) -> dict[str, np.ndarray]:
 def _compiled(resolved, mesh, host):
     config = resolved.config
     optimizer = train.make_optimizer(config.optimizer, 1000)
-    execution = training.execution_of(resolved, mesh)
+    execution = jobs.execution_of(resolved, mesh)
     objective = train.edge_objective(resolved.model, execution, config.train.weighting)
     step = train.make_step(objective, optimizer, config.train, resolved.model.dtype)
     state = train.init_state(
@@ -136,7 +136,7 @@ def _compiled(resolved, mesh, host):
 
 
 def _count(entry: _Mode, host: losses.Batch, resolved: setup.Setup) -> None:
-    entry.flops.append(training.batch_flops(resolved.model, host))
+    entry.flops.append(jobs.batch_flops(resolved.model, host))
     entry.tokens.append(int((host["until"] > 0).sum()))
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import loop, losses, setup, sharding, train
+from lm import jobs, loop, losses, setup, sharding, train
 from lm.config import Config
 from lm.data import packing
 from lm.errors import UserError
@@ -50,7 +50,7 @@ def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str
     workdir.create(config)
     workdir.record(config)
     resolved = setup.resolve(config, workdir.path / "tokenizer")
-    training.save_tokenizer(resolved, workdir)
+    jobs.save_tokenizer(resolved, workdir)
     held_out = held_out_conversations(config)
     plans = _equal_steps(resolved, modes)
     rows = []
@@ -105,7 +105,7 @@ def _run(
 ) -> dict[str, Any]:
     mode = own.config.data.mode
     folder.create(own.requested)
-    training.save_tokenizer(own, folder)
+    jobs.save_tokenizer(own, folder)
     job = training.job(own, total_steps=steps)
     say(f"{mode}: {job.total_steps} steps of {own.config.train.batch_size} rows")
     result = loop.fit(job, folder)

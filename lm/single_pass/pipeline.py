@@ -59,8 +59,3 @@ def rows(
     dataset = dataset.repeat(epochs)[process[0] :: process[1]]
     dataset = dataset.map(ToGroup(setup, mode or data.mode))
     return packing.PackedRows(dataset.to_iter_dataset(_READ), data.seq_len, data.window)
-
-
-def count_batches(dataset: grain.IterDataset) -> int:
-    """How many batches a finite dataset gives: one pass over the layouts."""
-    return sum(1 for _ in dataset)

@@ -1,13 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each mode would cost on given data and a given model, from counts alone: nothing is run.
 
-FLOPs are those of the model, a multiply-add counting two, forward and backward:
-
-- trunk: 6 per matrix parameter of the layers and token;
-- unembedding: 6 D V per trained edge (rows that train nothing never meet it);
-- attention: 12 N H L per visible (row, key) pair: scores and values, forward and twice back.
-
-With LoRA the base weights get no gradient of their own: 4 instead of 6, and 6 for the adapters.
+FLOPs are those of the model, as `lm.flops` counts them.
 """
 
 import dataclasses
@@ -20,6 +14,7 @@ from lm.config import ModelConfig, require_choice
 from lm.data import packing
 from lm.data.layout import Layout
 from lm.errors import DataError
+from lm.flops import adapter_parameters, training_flops, trunk_parameters
 from lm.single_pass import layouts
 from lm.single_pass.samples import Sample
 
@@ -29,46 +24,10 @@ _LOGIT_ROWS = 1024  # rows of logits that exist at a time in `linear_log_prob`
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def _matrices(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear maps of one layer."""
-    D, F = model.embed_dim, model.mlp_dim
-    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return {
-        "q": (D, heads),
-        "k": (D, kv_heads),
-        "v": (D, kv_heads),
-        "o": (heads, D),
-        "gate": (D, F),
-        "up": (D, F),
-        "down": (F, D),
-    }
-
-
-def trunk_parameters(model: ModelConfig) -> int:
-    """Matrix parameters of all layers, without embeddings, norms, biases and adapters."""
-    return model.num_layers * sum(i * o for i, o in _matrices(model).values())
-
-
-def adapter_parameters(model: ModelConfig) -> int:
-    """Parameters of the LoRA adapters; 0 without them."""
-    shapes = _matrices(model)
-    sizes = sum(sum(shapes[name]) for name in model.lora.targets)
-    return model.num_layers * model.lora.rank * sizes
-
-
 def parameters(model: ModelConfig) -> int:
     """All parameters of the base model, up to norms and biases."""
     tables = 1 if model.tied_embeddings else 2
     return trunk_parameters(model) + tables * model.vocab_size * model.embed_dim
-
-
-def training_flops(model: ModelConfig, tokens: float, edges: float, pairs: float) -> float:
-    """Model FLOPs of forward and backward over so many tokens, trained edges and visible pairs."""
-    base = 4 if model.lora.rank else 6
-    per_token = base * trunk_parameters(model) + 6 * adapter_parameters(model)
-    per_edge = base * model.embed_dim * model.vocab_size
-    per_pair = 12 * model.num_heads * model.head_dim * model.num_layers
-    return float(tokens * per_token + edges * per_edge + pairs * per_pair)
 
 
 def training_memory(model: ModelConfig, tokens: int, remat: str = "none", shards: int = 1) -> int:
