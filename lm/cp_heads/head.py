@@ -101,11 +101,16 @@ def init(key: jax.Array, config: HeadConfig, model: ModelConfig) -> HeadParams:
     return params
 
 
+def frequent(counts: np.ndarray, size: int) -> np.ndarray:
+    """The ids [size] int32, ascending, of the tokens that were counted most often; counts [V]."""
+    order = np.argsort(-np.asarray(counts, np.int64), kind="stable")
+    return np.sort(order[:size]).astype(np.int32)
+
+
 def with_vocab(params: HeadParams, counts: np.ndarray) -> HeadParams:
-    """The parameters with the most frequent tokens as draft vocabulary; `counts` is [V]."""
-    size = len(params["vocab"]["ids"])
-    ids = np.sort(np.argsort(-np.asarray(counts, np.int64), kind="stable")[:size])
-    return {**params, "vocab": {"ids": jnp.asarray(ids, jnp.int32)}}
+    """The parameters with the most frequent tokens as draft vocabulary; counts [V]."""
+    ids = frequent(counts, len(params["vocab"]["ids"]))
+    return {**params, "vocab": {"ids": jnp.asarray(ids)}}
 
 
 def gate(params: HeadParams, h: jax.Array) -> jax.Array:

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CP heads: drafting several tokens at once from a rank-r joint (arXiv 2410.17765).
+
+    python -m experiments.cp_heads.train --config=configs/cp_heads.py:PRESET --workdir=DIR
+
+smoke        0.9 M, bytes of the standard library; seconds on 2 CPU cores: tests, first contact
+demo         a trained BPE and a model small enough to learn it in 20 s on 2 CPU cores: `make demo`
+colab        20 M, a trained BPE; one small GPU or TPU, meant for under 30 minutes (not measured)
+python_100m  100 M, a trained BPE, installed packages included; one H100: ranks and transitions
+             against each other on one target
+paper        the published setting as far as it is known: 56 M, n = 4, rank 4, `full` expanders, on
+             a corpus of your own (data.source); the paper's data are not here
+"""
+
+from ml_collections import ConfigDict
+
+from configs import shapes
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    """The config of a preset; an unknown name lists the known ones."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[preset]()
+
+
+def smoke() -> ConfigDict:
+    """Seconds on a CPU."""
+    config = ConfigDict()
+    config.model = shapes.model()
+    config.init_from = ""
+
+    config.head = head = ConfigDict()
+    head.rank = 4
+    head.predicted = 4
+    head.transition = "identity"
+    head.expander = "low_rank"
+    head.expander_rank = 16
+    head.noise = 0.1
+    head.draft_vocab = 0
+
+    config.loss = loss = ConfigDict()
+    loss.mode = "joint"
+    loss.lora_layers = 0
+    loss.next_token = 1.0
+    loss.head = 0.3
+    loss.discount = 1.0
+    loss.balance = 0.01
+    loss.distill = 0.0
+    loss.fraction = 1.0
+
+    config.data = data = ConfigDict()
+    data.source = "python"
+    data.tokenizer = "auto"
+    data.template = ""
+    data.on_error = "stop"
+    data.seq_len = 128
+    data.window = 64
+    data.limit = 0
+    data.seed = 0
+    data.validation_fraction = 0.1
+    data.eval_conversations = 16
+
+    config.train = train = ConfigDict()
+    train.batch_size = 4
+    train.accumulate = 1
+    train.steps = 30
+    train.epochs = 1
+    train.remat = "none"
+    train.implementation = ""
+    train.checkpoint_every = 10
+    train.keep_checkpoints = 2
+    train.log_every = 5
+    train.seed = 0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 3e-3
+    optimizer.schedule = "cosine"
+    optimizer.warmup_steps = 10
+    optimizer.final_fraction = 0.1
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.01
+    optimizer.clip_norm = 1.0
+
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.sampling = ConfigDict(
+        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 64}
+    )
+    return config
+
+
+def demo() -> ConfigDict:
+    """Short rows of a few hundred files, which so small a model can begin to know."""
+    config = smoke()
+    config.model = shapes.model(num_layers=2, embed_dim=64, head_dim=16, mlp_dim=192, qk_norm=True)
+    config.data.tokenizer = "bpe:400"
+    config.data.seq_len = 192
+    config.data.limit = 200
+    config.train.batch_size = 8
+    config.train.steps = 150
+    config.train.checkpoint_every = 150
+    config.train.log_every = 10
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 20
+    return config
+
+
+def colab() -> ConfigDict:
+    """One small accelerator."""
+    config = smoke()
+    config.model = shapes.model(
+        num_layers=8,
+        embed_dim=384,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=64,
+        mlp_dim=1024,
+        dtype="bfloat16",
+    )
+    config.head.expander_rank = 64
+    config.data.source = "python+site"
+    config.data.tokenizer = "bpe:8000"
+    config.data.seq_len = 1024
+    config.data.window = 256
+    config.data.eval_conversations = 64
+    config.train.batch_size = 32
+    config.train.steps = 3000
+    config.train.checkpoint_every = 500
+    config.train.log_every = 20
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    return config
+
+
+def python_100m() -> ConfigDict:
+    """The target of the comparison of ranks: train it with loss.mode=trunk, then heads on it."""
+    config = colab()
+    config.model = shapes.model(
+        num_layers=12,
+        embed_dim=768,
+        num_heads=12,
+        num_kv_heads=4,
+        head_dim=64,
+        mlp_dim=2304,
+        qk_norm=True,
+        dtype="bfloat16",
+    )
+    config.data.tokenizer = "bpe:16000"
+    config.data.eval_conversations = 256
+    config.train.batch_size = 64
+    config.train.steps = 2000
+    return config
+
+
+def paper() -> ConfigDict:
+    """One 80 GB GPU. Expect joint loss to fall with the rank and first-token loss not to move."""
+    config = colab()
+    config.model = shapes.model(
+        num_layers=8,
+        embed_dim=512,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        mlp_dim=1536,
+        tied_embeddings=False,
+        dtype="bfloat16",
+    )
+    config.head.expander = "full"
+    config.data.tokenizer = "bpe:32000"
+    config.data.seq_len = 1024
+    config.train.batch_size = 128
+    config.train.steps = 10000
+    return config
+
+
+PRESETS = {
+    "smoke": smoke,
+    "demo": demo,
+    "colab": colab,
+    "python_100m": python_100m,
+    "paper": paper,
+}
