@@ -8,8 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ops import block_table as block_tables
-from ops import dispatch
+from ops import _block_lists, dispatch
 from ops._varying import common_varying, varying_like
 from ops.visibility import Visibility
 from pallas_kernels import masked_attention_triton_config as configs
@@ -131,13 +130,4 @@ def _table(visibility: Visibility, q: jax.Array, config: configs.Config) -> jax.
     return visibility.block_table(q.shape[1], config.block_q, config.block_k)
 
 
-def _lists(table: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B, n, m] kinds -> how many blocks are full and how many are needed [B, n], and the blocks
-    [B, n, m], full ones first, then partial ones, both in ascending order."""
-    full = jnp.sum(table == block_tables.FULL, axis=-1, dtype=jnp.int32)
-    needed = jnp.sum(table != block_tables.EMPTY, axis=-1, dtype=jnp.int32)
-    m = table.shape[-1]
-    place = jax.lax.broadcasted_iota(jnp.int32, table.shape, 2)
-    # kind and place in one number: one operand to sort
-    ranked = (block_tables.FULL - table.astype(jnp.int32)) * m + place
-    return full, needed, jnp.sort(ranked, axis=-1) % m
+_lists = _block_lists.full_first

@@ -56,7 +56,8 @@ def block_table(
         return _block_extreme(values, block_k, jnp.max, -_BIG)[:, None, :]
 
     first_row, last_row = first_row[:, :, None], last_row[:, :, None]
-    first_key, last_key = low(keys), high(keys)
+    first_key = (jnp.arange(-(-keys.shape[1] // block_k), dtype=jnp.int32) * block_k)[None, None]
+    last_key = jnp.minimum(first_key + block_k, keys.shape[1]) - 1
 
     # Every key's run covers all rows of the block; dead keys do not count, keys without a run
     # refute it.

@@ -81,7 +81,7 @@ def dispatch(
         try:
             result = candidates[name](*args, **kwargs)
         except Unsupported as refusal:
-            reasons.append(f"{name}: {refusal}")
+            reasons.append(f"{name}: {str(refusal).removeprefix(f'{name}: ')}")
             continue
         _log_once(op, platform, name, reasons)
         return result

@@ -150,7 +150,7 @@ def _forward_blocks(
 
 @triton.jit
 def _forward_kernel(
-    q, k, v, spans, gap_starts, gap_spans, row_offset, full, needed, blocks, T, S, qk_scale,
+    q, k, v, spans, gap_starts, gap_spans, row_offset, counts, blocks, T, S, qk_scale,
     out, lse,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr,
@@ -168,7 +168,7 @@ def _forward_kernel(
     gap_starts += sequence * padded_keys
     gap_spans += sequence * padded_keys
     listed = sequence * num_q + block
-    num_full, num_needed = tl.load(full + listed), tl.load(needed + listed)
+    num_full, num_needed = tl.load(counts + 2 * listed), tl.load(counts + 2 * listed + 1)
     blocks += listed * num_k
 
     rows = _row_index(row_offset + sequence, start, BLOCK_Q, OFFSET)
@@ -228,7 +228,7 @@ def _dq_blocks(
 
 @triton.jit
 def _dq_kernel(
-    q, k, v, d_out, lse, shift, spans, gap_starts, gap_spans, row_offset, full, needed, blocks,
+    q, k, v, d_out, lse, shift, spans, gap_starts, gap_spans, row_offset, counts, blocks,
     T, S, qk_scale, scale, dq,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr,
@@ -247,7 +247,7 @@ def _dq_kernel(
     gap_starts += sequence * padded_keys
     gap_spans += sequence * padded_keys
     listed = sequence * num_q + block
-    num_full, num_needed = tl.load(full + listed), tl.load(needed + listed)
+    num_full, num_needed = tl.load(counts + 2 * listed), tl.load(counts + 2 * listed + 1)
     blocks += listed * num_k
 
     rows = _row_index(row_offset + sequence, start, BLOCK_Q, OFFSET)
@@ -309,7 +309,7 @@ def _dkdv_blocks(
 
 @triton.jit
 def _dkdv_kernel(
-    q, k, v, d_out, lse, shift, spans, gap_starts, gap_spans, row_offset, full, needed, blocks,
+    q, k, v, d_out, lse, shift, spans, gap_starts, gap_spans, row_offset, counts, blocks,
     T, S, qk_scale, scale, dk, dv,
     N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HIDDEN: tl.constexpr, OFFSET: tl.constexpr,
@@ -331,7 +331,7 @@ def _dkdv_kernel(
     gap_spans += sequence * padded_keys
     row_offset += sequence
     listed = sequence * num_k + block
-    num_full, num_needed = tl.load(full + listed), tl.load(needed + listed)
+    num_full, num_needed = tl.load(counts + 2 * listed), tl.load(counts + 2 * listed + 1)
     blocks += listed * num_q
 
     keys = _tile(k + place, start, S, K * H, BLOCK_K, H, False)
@@ -356,7 +356,7 @@ def forward(
     k: jax.Array,  # [B, S, K, H]
     v: jax.Array,  # [B, S, K, H]
     vectors: Vectors,
-    lists: tuple[jax.Array, ...],  # full [B, nq], needed [B, nq], blocks [B, nq, nk]; int32
+    lists: tuple[jax.Array, ...],  # counts [B, nq, 2], blocks [B, nq, nk]; int32
     scale: float,
     config: Config,
     capability: int,

@@ -127,9 +127,10 @@ def end_to_end(documents: Callable[[], np.ndarray], length: int) -> np.ndarray:
 
 
 def one_pass(length: int, turns: int | None = None, seed: int = 0) -> Visibility:
-    """Conversations of `turns` turns, the last cut; None: one conversation that fills the row."""
+    """Conversations of `turns` turns, the last cut; None: as many turns as fit the row at once."""
     per_turn = 2 * ONE_PASS_TURN[2] + sum(ONE_PASS_TURN[:2])
-    turns = -(-length // per_turn) + 1 if turns is None else turns
+    if turns is None:  # the last turn's answer has no copy for what follows
+        turns = max(1, (length + ONE_PASS_TURN[2]) // per_turn)
     until = conversation(turns, seed=seed)
     repeats = -(-length // len(until))
     joined = np.concatenate([until + n * len(until) for n in range(repeats)])[:length]

@@ -15,8 +15,8 @@ import pytest
 from ops import _masked_attention_triton, dispatch
 from ops.masked_attention import masked_attention
 from ops.visibility import Visibility
+from pallas_kernels import block_lists_triton, triton_call
 from pallas_kernels import masked_attention_triton_config as configs
-from pallas_kernels import triton_call
 from tests.ops.op_cases import MASKS, dense, visibility
 from tests.ops.op_tolerances import assert_close
 from tests.ops.test_masked_attention import problem, value_and_gradients
@@ -124,3 +124,17 @@ def test_large_scores_do_not_overflow():
     assert all(np.isfinite(x).all() for x in (*outputs, *gradients))
     expected = value_and_gradients("reference", None, 30 * q, 30 * k, v, mask)
     assert_close(outputs[1], expected[0][1], "float32")
+
+
+@pytest.mark.parametrize("length", [1, 70, 2500])
+def test_compacted_lists(length):
+    """Also lists that take several chunks."""
+    ranks = np.random.default_rng(length).integers(0, 3, (2, 3, length))
+    ranked = jnp.asarray(ranks << block_lists_triton.RANK_SHIFT | np.arange(length), jnp.int32)
+    counts, entries = block_lists_triton.lists(ranked, length, 2, 90)
+    for index in np.ndindex(2, 3):
+        full, other = (np.flatnonzero(ranks[index] == rank) for rank in (0, 1))
+        needed = len(full) + len(other)
+        assert counts[index].tolist() == [len(full), needed]
+        expected = [*full, *other, length, length]
+        assert entries[index][: needed + 2].tolist() == expected

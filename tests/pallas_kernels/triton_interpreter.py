@@ -19,11 +19,15 @@ from pallas_kernels import triton_call
 _MARGIN = 4096
 
 
+def _poison(dtype) -> float | int:
+    return np.nan if np.dtype(dtype).kind in "fV" else 2**30 + 7
+
+
 class _Tensor:
     """What the interpreter wants of a tensor, on a numpy array."""
 
     def __init__(self, values: np.ndarray):
-        self._fill = np.nan if values.dtype.kind in "fV" else 2**30 + 7
+        self._fill = _poison(values.dtype)
         self._memory = np.full(values.size + 2 * _MARGIN, self._fill, values.dtype)
         self.values = self._memory[_MARGIN : _MARGIN + values.size].reshape(values.shape)
         self.values[...] = values
@@ -96,7 +100,7 @@ def _call(kernel, *args, out_shape, grid, num_warps, num_stages, capability, nam
         arrays = iter([_Tensor(np.asarray(x)) for x in arrays])
         inputs = [next(arrays) if isinstance(x, jax.Array) else x for x in args]
         inputs = [float(x) if isinstance(x, np.float32) else x for x in inputs]
-        outputs = [_Tensor(np.full(x.shape, np.nan, x.dtype)) for x in out_shape]
+        outputs = [_Tensor(np.full(x.shape, _poison(x.dtype), x.dtype)) for x in out_shape]
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # as on a GPU, NaN is no error
             kernel[grid](*inputs, *outputs, **constants)

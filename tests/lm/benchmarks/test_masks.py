@@ -55,11 +55,10 @@ def test_async_programs_follow_their_threads(seed):
 def test_one_conversation_is_the_prefix_tree_of_training():
     human, thought, response = turn = (2, 3, 4)
     until = masks.conversation(2, turn)
-    # human, then its thought and answer, then the answer again for what follows
-    first = human + thought + response
-    ends = [human + thought + 2 * response + sum(turn)] * human
-    ends += [first] * (thought + response)
-    ends += [ends[0]] * (response + sum(turn))
+    # human, its answer for what follows, the second turn; then the first one's thought and answer
+    second = response + sum(turn)
+    total = human + second + thought + response
+    ends = [total] * human + [human + second] * second + [total] * (thought + response)
     np.testing.assert_array_equal(until, ends)
 
 
