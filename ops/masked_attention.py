@@ -42,7 +42,9 @@ def masked_attention(
         partial results can be merged (`merge_attention`) inside a loss.
       implementation: a name from `dispatch.IMPLEMENTATIONS`. "reference" keeps the dense [B, N, T,
         S] scores; "xla" keeps blocks of them, skips the blocks that no row of the batch needs and
-        recomputes in the backward pass, so its memory grows with T + S.
+        recomputes in the backward pass, so its memory grows with T + S, as that of the kernels:
+        "mosaic_gpu" (Hopper; bfloat16 and float16), "triton" (CUDA GPUs from sm80 on; float32 too)
+        and "pallas_tpu" (bfloat16 and float32), for head dims 64, 128 and 256.
 
     Returns:
       out [B, T, N, H] in q.dtype, and with `return_lse` also lse [B, T, N] float32. A row that sees

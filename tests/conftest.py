@@ -13,6 +13,7 @@ _FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS)
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # workers compile for TPUs side by side
 
 import atexit
 import shutil

@@ -6,8 +6,8 @@
 Trees, async programs and sliding windows, alone and packed, with every group size and head dim. An
 implementation that refuses a call is listed with its reason; one that serves it must be within the
 tolerance, exactly zero where nothing is seen, and the same bit for bit when run again, or the exit
-status is 1. --out receives attention_check.jsonl (a row per mask) and attention_check.md. The last
-line is {"lines": [{"implementation": ..., "cases": n, "passed": n, "error_out": x, ...}, ...],
+status is 1. --out receives attention_check.jsonl (a row per mask, as soon as it is checked) and
+attention_check.md. The last line is {"lines": [{"implementation": ..., "cases": n, "passed": n, "error_out": x, ...}, ...],
 "failed": n, ...}.
 """
 
@@ -37,12 +37,19 @@ def main() -> dict[str, object]:
     shapes = attention_check.SMALL_SHAPES if SMALL.value else attention_check.SHAPES
     began = time.monotonic()
     rows = []
+    folder = pathlib.Path(OUT.value) if OUT.value else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "attention_check.jsonl").write_text("")
     with Progress("attention", None) as progress:
         for row in attention_check.sweep(
             IMPLEMENTATION.value, DTYPES.value, CASES.value, SEED.value, shapes, WORKERS.value
         ):
             rows.append(row)
             progress.advance()
+            if folder:
+                with (folder / "attention_check.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     lines = attention_check.summary(rows)
     say(tables.text(tables.table(lines)))
     result = {
@@ -53,11 +60,7 @@ def main() -> dict[str, object]:
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
-    if OUT.value:
-        folder = pathlib.Path(OUT.value)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "attention_check.jsonl").write_text(text)
+    if folder:
         (folder / "attention_check.md").write_text(attention_check.markdown(lines))
     _require(result, rows)
     return result
