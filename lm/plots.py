@@ -233,8 +233,10 @@ def rates(rows: Sequence[Row]) -> Figure:
     lengths = sorted({row["length"] for row in rows})
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    palette = dict(zip(names, itertools.cycle((*_COLOURS.values(), *_OTHERS)), strict=False))
-    figure, axes = _new(1.6 + 0.9 * len(cases) * len(lengths), 3.5, columns=len(lengths))
+    colours = dict.fromkeys((*_COLOURS.values(), *_OTHERS))
+    palette = dict(zip(names, itertools.cycle(colours), strict=False))
+    inches = max(6.4, 1.6 + 0.9 * len(cases) * len(lengths))
+    figure, axes = _new(inches, 3.7, columns=len(lengths))
     highest = max(row["tflops"] for row in rows)
     width = 0.85 / len(names)
     for column, length in enumerate(lengths):
@@ -250,7 +252,7 @@ def rates(rows: Sequence[Row]) -> Figure:
         panel.grid(False, axis="x")
         if column == 0:
             panel.set_ylabel("TFLOP/s on visible pairs")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=int(inches / 1.6))
     return figure
 
 
