@@ -10,7 +10,7 @@ import pytest
 
 from lm import plots, setup, transformer
 from lm.config import DataConfig, ModelConfig, SamplingConfig
-from lm.cp_heads import checkpoints, decode, drafters, evaluate, figures, head
+from lm.cp_heads import checkpoints, decode, drafters, evaluate, figures, head, tune
 from lm.cp_heads.checkpoints import Loaded
 from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import HeadConfig
@@ -149,6 +149,94 @@ def test_refusals(config, folder):
     with pytest.raises(UserError, match="no row of a CP head"):
         figures.gather([folder / "rows.jsonl"])
 
+
+# --- tune
+
+
+@pytest.mark.parametrize("kind", ["identity", "linear"])
+def test_a_shortened_head_says_the_same_of_its_factors(loaded, kind):
+    config = dataclasses.replace(loaded.head_config, predicted=4, transition=kind)
+    weights = head.init(jax.random.key(0), config, loaded.model)
+    own, short = tune.shortened(config, weights, 3)
+    assert jax.tree.map(np.shape, short) == jax.tree.map(
+        np.shape, head.init(jax.random.key(0), own, loaded.model)
+    )
+    table = transformer.unembedding(loaded.model, loaded.params)
+    states = jax.random.normal(jax.random.key(1), (1, loaded.model.embed_dim))
+    for step in range(3):
+        whole, part = (
+            head.log_probs(p, c, states, step, table) for p, c in ((weights, config), (short, own))
+        )
+        np.testing.assert_array_equal(whole, part)
+    assert head.transition(short, own, states, 2) is None
+    with pytest.raises(ValueError, match="5 factors of a head that has 4"):
+        tune.shortened(config, weights, 5)
+
+
+def test_the_best_length_of_each_head_is_timed_first():
+    rows = [
+        {"checkpoint": name, "n": n, "expected_tokens_per_call": value}
+        for name, n, value in [("a", 2, 1.5), ("a", 3, 1.7), ("b", 2, 1.2), ("b", 3, 1.1)]
+    ]
+    chosen = [(row["checkpoint"], row["n"]) for row in tune.candidates(rows, 3)]
+    assert chosen == [("a", 3), ("b", 2), ("a", 2)]
+
+
+def test_tuning_keeps_the_fastest_with_what_it_was_measured_on(config, folder, loaded, monkeypatch):
+    monkeypatch.setattr(checkpoints, "load", lambda path, config: loaded)
+    speeds = iter([100.0, 150.0, 120.0])
+    measured = {"tokens_per_call": 1.5, "batch": 1, "tokens": 9, "temperature": 1.0}
+    monkeypatch.setattr(tune, "measure", lambda *_: measured | {"tokens_per_s": next(speeds)})
+    row = {"rank": 2, "transition": "identity", "method": "cp r2", "temperature": 1.0}
+    rows = [{**row, "checkpoint": "run", "n": n, "expected_tokens_per_call": 1 + n} for n in (2, 3)]
+    monkeypatch.setattr(evaluate, "run", lambda *_: {"rows": rows})
+    workdir = Workdir(folder / "tune")
+    result = tune.run(config, workdir, [folder / "run"])
+    assert [row["speedup"] for row in result["rows"]] == [1.0, 1.5, 1.2]
+    tuned = tune.load(folder / "tune")
+    assert (tuned.checkpoint, tuned.n, tuned.speedup) == ("run", 3, 1.5)
+    assert result["chosen"] == dataclasses.asdict(tuned)
+    assert tuned.differences(loaded, loaded.params) == []
+    other = jax.tree.map(lambda x: 2 * x, loaded.params)
+    assert tuned.differences(loaded, other) == ["model"]
+    assert tune.apply(tuned, loaded).head_config == loaded.head_config
+    assert tune.apply(dataclasses.replace(tuned, n=2), loaded).head_config.predicted == 2
+    with pytest.raises(UserError, match="tuned for a head of rank 3"):
+        tune.apply(dataclasses.replace(tuned, rank=3), loaded)
+
+
+def test_a_choice_for_another_model_says_so(loaded, capsys):
+    hashes = tune.hashes(loaded.setup, loaded.params) | {"template": "another"}
+    tuned = tune.Tuned("run", 2, "identity", 2, 1.0, 1.0, hashes)
+    tune.apply(tuned, loaded)
+    assert "tuned for another template" in capsys.readouterr().err
+
+
+def test_what_is_timed_was_decoded(config, loaded):
+    options = tune.Options(sequences=2, repeats=1, texts=evaluate.Options(prompt_tokens=16))
+    texts = tune._prompts(loaded, config, options)
+    assert [len(text) for text in texts] == [16, 16]
+    found = tune.measure(loaded, loaded.params, 3, texts, config.sampling, options)
+    assert 2 <= found["tokens"] <= 2 * config.sampling.max_new_tokens
+    assert 1 <= found["tokens_per_call"] <= 3
+    assert found["tokens_per_s"] > 0
+
+
+def test_tune_refusals(config, folder):
+    with pytest.raises(UserError, match="--ranks=0 must be at least 1"):
+        tune.Options(ranks=(0,))
+    with pytest.raises(UserError, match="--transitions='cyclic' is not one of"):
+        tune.Options(transitions=("cyclic",))
+    with pytest.raises(UserError, match="give one --checkpoint"):
+        tune.run(config, Workdir(folder / "two"), [folder, folder], tune.Options(ranks=(1,)))
+    with pytest.raises(UserError, match=r"tune writes it"):
+        tune.load(folder / "nowhere.json")
+    (folder / "odd.json").write_text("{}")
+    with pytest.raises(UserError, match="not what experiments"):
+        tune.load(folder / "odd.json")
+
+
+# --- figures
 
 ROWS = [
     {
