@@ -3,6 +3,7 @@
 
 import re
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,35 +35,53 @@ def lower_step(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, 
     resolved = setup.resolve(config)
     model, options = resolved.model, config.train
     mesh = sharding.make(config.mesh, model, devices)
-    optimizer = train.make_optimizer(config.optimizer, max(options.steps, 1))
     execution = Execution(mesh, options.implementation or None, options.remat, resolved.valid_vocab)
     objective = train.edge_objective(model, execution, options.weighting)
-    step = train.make_step(objective, optimizer, options, model.dtype)
     trained, frozen = train.partition(model, transformer.abstract(model)[1])
-    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, 0, None), trained)
     frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), frozen)
-    placed = (_placed(state, mesh), _placed(frozen, mesh), _batch(config, mesh))
+    batch = abstract_rows(options.batch_size, config.data.seq_len)
     with dispatch.target_platform("tpu"):
-        lowered = jax.jit(step, donate_argnums=0).lower(*placed)
+        lowered = lower(config, objective, trained, frozen, batch, mesh)
     return lowered, transformer.count_parameters(model)
 
 
-def _placed(tree: Any, mesh: sharding.Sharding) -> Any:
+def lower(
+    config: Config,
+    objective: train.Objective,
+    trained: Any,
+    frozen: Any,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: sharding.Sharding,
+) -> jax.stages.Lowered:
+    """The lowered train step for shapes of parameters and of a batch, placed on a mesh here."""
+    options = config.train
+    split = mesh.size("batch") * options.accumulate
+    if options.batch_size % split:
+        raise UserError(f"train.batch_size={options.batch_size} is not a multiple of {split}")
+    optimizer = train.make_optimizer(config.optimizer, max(options.steps, 1))
+    step = train.make_step(objective, optimizer, options, config.model.dtype)
+    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, 0, None), trained)
+    rows = {name: mesh.named("batch", *[None] * (x.ndim - 1)) for name, x in batch.items()}
+    placed = (
+        _placed(state, mesh.params(state)),
+        _placed(frozen, mesh.params(frozen)),
+        _placed(dict(batch), rows),
+    )
+    return jax.jit(step, donate_argnums=0).lower(*placed)
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, mesh.params(tree)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 
-def _batch(config: Config, mesh: sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (config.train.batch_size, config.data.seq_len)
-    split = mesh.size("batch") * config.train.accumulate
-    if shape[0] % split:
-        raise UserError(f"train.batch_size={shape[0]} is not a multiple of {split}")
-    placed = mesh.named("batch", None)
+def abstract_rows(batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of packed rows."""
     floats = ("edge_weights", "edge_turn_weights")
     return {
         name: jax.ShapeDtypeStruct(
-            shape, jnp.float32 if name in floats else jnp.int32, sharding=placed
+            (batch_size, seq_len), jnp.float32 if name in floats else jnp.int32
         )
         for name in (*ROW_FIELDS, *EDGE_FIELDS)
     }

@@ -37,6 +37,7 @@ class Attached:
     head: HeadParams
     base: pathlib.Path  # the Hugging Face directory that it belongs to
     digest: str  # of that model's weights
+    vocab_size: int
 
 
 def digest(params: transformer.Params) -> str:
@@ -117,11 +118,16 @@ def load(directory: pathlib.Path) -> Attached:
     check_shapes(params, config, model, str(directory / WEIGHTS))
     # beside the weights it belongs to them, wherever they have moved
     base = directory if (directory / "config.json").is_file() else base
-    return Attached(config, params, base, base_digest)
+    return Attached(config, params, base, base_digest, model.vocab_size)
 
 
 def check(attached: Attached, model: ModelConfig, params: transformer.Params) -> None:
     """Raises UserError unless the head was made for this model and these weights."""
+    if attached.vocab_size != model.vocab_size:
+        raise UserError(
+            f"{attached.base}: its CP head is for a vocabulary of {attached.vocab_size} tokens, "
+            f"the model has {model.vocab_size}"
+        )
     check_shapes(attached.head, attached.config, model, f"the head on {attached.base}")
     if attached.digest != digest(params):
         raise UserError(f"{attached.base}: its CP head was made for other weights; attach it anew")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from lm.errors import UserError
@@ -63,6 +64,20 @@ def with_futures(
         for name, values in zip(FUTURE_FIELDS, arrays, strict=True):
             out[name][i, : len(values)] = values
     return {**batch, **out}
+
+
+def abstract_futures(
+    batch_size: int, capacity: int, predicted: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of FUTURE_FIELDS."""
+    shape = (batch_size, capacity)
+    paths = jax.ShapeDtypeStruct((*shape, predicted), np.int32)
+    return {
+        "future_rows": jax.ShapeDtypeStruct(shape, np.int32),
+        "future_targets": paths,
+        "future_children": paths,
+        "future_weights": jax.ShapeDtypeStruct(shape, np.float32),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

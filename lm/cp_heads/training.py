@@ -46,6 +46,7 @@ def run(config: CpConfig, workdir: Workdir, profile: bool = False) -> loop.Resul
     resolved = setup.resolve(config, workdir.path / "tokenizer")
     if config.loss.mode != "trunk":
         head.check(config.head, resolved.model)
+    check_tokenizer(resolved)
     jobs.save_tokenizer(resolved, workdir)
     say(summary(resolved))
     prepared = job(resolved, workdir, str(workdir.path / "profile") if profile else "")
@@ -72,6 +73,21 @@ def check(config: CpConfig) -> None:
         raise UserError(
             f"head.predicted={config.head.predicted} tokens do not fit rows of "
             f"data.seq_len={config.data.seq_len}"
+        )
+
+
+def check_tokenizer(resolved: setup.Setup) -> None:
+    """Raises UserError when the run would feed a model of ours other tokens than it was trained on;
+    one without a tokenizer of its own takes any that fits."""
+    path = pathlib.Path(resolved.config.init_from)
+    if not resolved.config.init_from or setup.is_hf(path):
+        return
+    workdir = Workdir(path)
+    own = setup.resolve(workdir.config(), workdir.path / "tokenizer").tokenizer
+    if own.fingerprint != resolved.tokenizer.fingerprint:
+        raise UserError(
+            f"data.tokenizer={resolved.config.data.tokenizer} gives other tokens than that of "
+            f"{path}; data.tokenizer=auto takes its own"
         )
 
 
@@ -143,6 +159,19 @@ def abstract_trained(config: CpConfig) -> train.Params:
     if config.loss.mode == "heads":
         return trained
     return {"params": setup.abstract_trained(config.model), **trained}
+
+
+def abstract_frozen(config: CpConfig) -> train.Params:
+    """Shapes of what the step reads and never changes."""
+    model, mode = config.model, config.loss.mode
+    whole = transformer.abstract(model)[1]
+    frozen = whole if mode == "heads" else train.partition(model, whole)[1]
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), frozen)
+    out = {"params": frozen} if frozen else {}
+    if config.head.draft_vocab:
+        ids = jax.ShapeDtypeStruct((config.head.draft_vocab,), jnp.int32)
+        out["head"] = {"vocab": {"ids": ids}}
+    return out
 
 
 def initial(resolved: setup.Setup, mesh: sharding.Sharding | None) -> train.Params:

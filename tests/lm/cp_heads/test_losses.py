@@ -42,6 +42,7 @@ def setting(config, seed=0, scale=1.0):
     return jax.tree.unflatten(treedef, leaves), h, table
 
 
+@functools.partial(jax.jit, static_argnums=(1, 5))
 def enumerated(params, config, h, table, softcap=None):
     """p(y) of every future [V^P], as a sum over all R^P paths of products of probabilities."""
     steps = range(config.predicted)
@@ -57,6 +58,7 @@ def enumerated(params, config, h, table, softcap=None):
     return terms.sum(0)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 5))
 def from_loss(params, config, h, table, softcap=None):
     """log q(y_s | y_<s) [V^P, P] of every future, as training computes it."""
     states = jnp.broadcast_to(h, (1, len(EVERY), D))
