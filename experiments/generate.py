@@ -4,11 +4,12 @@
     python -m experiments.generate --hf_dir=DIR --prompt="How are you?"
     python -m experiments.generate --checkpoint=WORKDIR --prompts=FILE
 
---hf_dir is a Hugging Face directory, --checkpoint the workdir of a run. --prompts has a prompt per
-line: text, or JSON with the key "prompt". A prompt is the user's message to the chat template where
-there is one (--nochat: plain text to continue). The text of a single prompt is shown as it comes.
-The last line is {"text": x, "tokens": n, "stopped": x, "seconds": x, "tokens_per_s": x}, with lists
-for --prompts; the time leaves out compilation.
+--hf_dir is a Hugging Face directory, --checkpoint the workdir of a run. --method=cp_heads drafts
+with the CP head of either; the law of the text is the same. --prompts has a prompt per line: text,
+or JSON with the key "prompt". A prompt is the user's message to the chat template where there is
+one (--nochat: plain text to continue). The text of a single prompt is shown as it comes. The last
+line is {"text": x, "tokens": n, "stopped": x, "seconds": x, "tokens_per_s": x}, with lists for
+--prompts; the time leaves out compilation.
 """
 
 import json
@@ -22,12 +23,13 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.methods import METHODS, Opened
 from lm import generate, prompting
 from lm.config import SamplingConfig
 from lm.errors import UserError
 from ops.dispatch import IMPLEMENTATIONS
 
-flags.DEFINE_enum("method", "dense", ["dense"], "how tokens are found")
+flags.DEFINE_enum("method", "dense", list(METHODS), "how tokens are found")
 flags.DEFINE_string("hf_dir", None, "Hugging Face directory: config.json and safetensors")
 flags.DEFINE_string("checkpoint", None, "workdir of a run")
 flags.DEFINE_string("prompt", None, "one prompt")
@@ -60,10 +62,10 @@ def main() -> dict[str, Any]:
     if FLAGS.chat is False and (FLAGS.system is not None or FLAGS.template is not None):
         raise UserError("--system and --template need the chat template: not with --nochat")
     path = pathlib.Path(FLAGS.hf_dir if FLAGS.checkpoint is None else FLAGS.checkpoint)
-    load = prompting.load_hf if FLAGS.checkpoint is None else prompting.load_workdir
-    speaker = load(path, template=FLAGS.template, dtype=FLAGS.dtype)
+    opened = METHODS[FLAGS.method](path, FLAGS.checkpoint is None, FLAGS.template, FLAGS.dtype)
+    speaker = opened.speaker
     prompts = [speaker.prompt(text, chat=FLAGS.chat, system=FLAGS.system) for text in texts]
-    ids, seconds = _run(speaker, prompts, sampling, show=FLAGS.prompt is not None)
+    ids, seconds = _run(opened, prompts, sampling, show=FLAGS.prompt is not None)
     written = [speaker.tokenizer.decode(tokens) for tokens, _ in ids]
     stopped = [stop for _, stop in ids]
     count = sum(len(tokens) for tokens, _ in ids)
@@ -89,7 +91,7 @@ def _texts() -> list[str]:
 
 
 def _run(
-    speaker: prompting.Speaker,
+    opened: Opened,
     prompts: Sequence[np.ndarray],
     sampling: SamplingConfig,
     show: bool,
@@ -97,19 +99,16 @@ def _run(
     """Per prompt its tokens and whether it stopped, and the seconds without compilation."""
 
     def pieces(chunk: int) -> Iterator[list[generate.Generation]]:
-        return generate.stream(
-            speaker.model,
-            speaker.params,
+        return opened.stream(
             prompts,
             sampling,
-            speaker.stop_ids,
             jax.random.key(FLAGS.seed),
             implementation=FLAGS.implementation,
-            valid_vocab=speaker.valid_vocab,
             chunk=chunk,
         )
 
     next(pieces(1))  # compiles, at the price of one prefill
+    decode = opened.speaker.tokenizer.decode
     start = time.perf_counter()
     tokens: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
@@ -119,10 +118,10 @@ def _run(
             tokens[index] += new.tokens.tolist()
             stopped[index] |= new.stopped
         if show:
-            shown = _show(speaker.tokenizer.decode(tokens[0]), shown, last=False)
+            shown = _show(decode(tokens[0]), shown, last=False)
     seconds = time.perf_counter() - start
     if show:
-        _show(speaker.tokenizer.decode(tokens[0]), shown, last=True)
+        _show(decode(tokens[0]), shown, last=True)
     return [(np.array(t, np.int32), s) for t, s in zip(tokens, stopped, strict=True)], seconds
 
 

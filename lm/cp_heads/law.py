@@ -28,8 +28,8 @@ def target_law(target: Target, params: Params, prompt: np.ndarray, length: int) 
     V = target.model.vocab_size
     strings = _strings(V, length)
     tokens = np.concatenate([np.tile(prompt, (len(strings), 1)), strings], axis=1)
-    laws = _full_laws(target, params, tokens)[:, len(prompt) - 1 : -1]
-    steps = np.take_along_axis(laws, strings[..., None], axis=-1)[..., 0]
+    laws = np.asarray(_full_laws(target, params, tokens), np.float64)
+    steps = np.take_along_axis(laws[:, len(prompt) - 1 : -1], strings[..., None], axis=-1)[..., 0]
     return np.exp(steps.sum(axis=1)).reshape((V,) * length)
 
 
@@ -47,14 +47,15 @@ def emitted_law(
     out = np.zeros(V**length)
     # the mass with which a cycle starts after a string, by its length
     starts = {depth: np.zeros(V**depth) for depth in range(1, length)}
-    starts[1] = np.exp(_full_laws(target, params, prompt[None])[0, -1])
     drafts = _strings(V, C * n).reshape(-1, C, n)
     for depth, strings, found in _cycles(
         target, params, drafter, weights, prompt, drafts, range(1, length)
     ):
+        if depth == 1:
+            starts[1] = np.exp(found[0][0], dtype=np.float64)
         for row, string in enumerate(strings):
             mass = starts[depth][row]
-            for emitted, chance in _outcomes(drafts, *(x[row] for x in found)):
+            for emitted, chance in _outcomes(drafts, *(x[row] for x in found[1:])):
                 whole = (*string, *emitted)
                 ends = out if len(whole) >= length else starts[len(whole)]
                 ends[_index(whole[:length], V)] += mass * chance
@@ -107,11 +108,13 @@ def _cycle(
     last: jax.Array,  # [B] int32, the token after it
     drafts: jax.Array,  # [drafts, C, n] int32
 ) -> tuple[jax.Array, ...]:
-    """Every draft after every string: how likely it is, [B, drafts]; and under each pattern of
-    decisions, [B, drafts, patterns], its probability, how much is kept, of which chain, and the
-    law of the next token, [.., V]."""
+    """The law [B, V] of the first token after what is in the cache. Then, of every draft after
+    every string, how likely it is, [B, drafts]; and under each pattern of decisions, [B, drafts,
+    patterns], its probability, how much is kept, of which chain, and the law of the next token,
+    [.., V]."""
     capacity = tokens.shape[1] + 1 + drafter.length
     states, cache = decode.prefill_states(target, params, tokens, lengths, capacity)
+    first = sampling.log_probs(decode.logits_of(target, params, states), target.sampling)
     B, D = len(lengths), len(drafts)
     patterns = jnp.asarray(_strings(2, drafter.chains * drafter.length), jnp.float32)
     patterns = patterns.reshape(-1, drafter.chains, drafter.length)
@@ -140,17 +143,17 @@ def _cycle(
 
     drawn = jnp.exp(jnp.sum(drawn, axis=(1, 2, 3))).reshape(B, D)
     found = jax.vmap(decide, out_axes=1)(patterns)
-    return drawn, *(x.reshape(B, D, *x.shape[1:]) for x in found)
+    return first, drawn, *(x.reshape(B, D, *x.shape[1:]) for x in found)
 
 
-def _full_laws(target: Target, params: Params, tokens: np.ndarray) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0)
+def _full_laws(target: Target, params: Params, tokens: jax.Array) -> jax.Array:
     """Log-probabilities [B, T, V] after every token, as drawn from, in one causal pass."""
     B, T = tokens.shape
     context = contexts.Training(Visibility.causal(B, T), implementation="reference")
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
-    states, _ = transformer.hidden(target.model, params, jnp.asarray(tokens), positions, context)
-    laws = sampling.log_probs(decode.logits_of(target, params, states), target.sampling)
-    return np.asarray(laws, np.float64)
+    states, _ = transformer.hidden(target.model, params, tokens, positions, context)
+    return sampling.log_probs(decode.logits_of(target, params, states), target.sampling)
 
 
 def _strings(size: int, length: int) -> np.ndarray:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decoding emits has the model's own law: enumerated exactly, and drawn many times."""
 
-import dataclasses
 import functools
 
 import jax
@@ -65,12 +64,11 @@ def test_the_emitted_law_is_the_models(drafter, sampling):
     assert deviation(drafter, sampling) < 1e-6
 
 
-@pytest.mark.parametrize("drafter", [CHAIN, TREE], ids=["chain", "tree"])
-def test_the_enumeration_sees_a_wrong_replacement(drafter, monkeypatch):
+def test_the_enumeration_sees_a_wrong_replacement(monkeypatch):
     """Replacing a rejected token by a draw from p, not from what is left of it, is not lossless."""
     law._cycle.clear_cache()
     monkeypatch.setattr(acceptance, "residual", lambda log_p, log_q: log_p)
-    assert deviation(drafter, PLAIN) > 1e-3
+    assert deviation(TREE, PLAIN) > 1e-3
     law._cycle.clear_cache()
 
 
@@ -78,9 +76,8 @@ def test_the_enumeration_sees_a_wrong_replacement(drafter, monkeypatch):
 def test_many_draws_have_that_law(drafter):
     """The loop as a whole: keys, drafts, roll-back of the cache."""
     count = 8192
-    sampling = dataclasses.replace(PLAIN)
     got, statistics = decode.decode(
-        Target(MODEL, sampling),
+        Target(MODEL, PLAIN),
         params(),
         drafter,
         weights_of(drafter),
@@ -90,7 +87,7 @@ def test_many_draws_have_that_law(drafter):
     )
     tokens = np.stack([g.tokens for g in got])
     strings = np.bincount(tokens @ 3 ** np.arange(3, -1, -1), minlength=81)
-    expected = count * wanted(sampling, 4).ravel()
+    expected = count * wanted(PLAIN, 4).ravel()
     assert expected.min() > 5
     chi2 = np.sum((strings - expected) ** 2 / expected)
     assert chi2 < 80 + 4 * np.sqrt(2 * 80)  # mean and four standard deviations

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a prompt, with a CP head and without: the same law, fewer trunk calls.
+
+    python -m experiments.cp_heads.generate --checkpoint=DIR --prompt="def fold(f, items):"
+
+DIR is the workdir of a run or a Hugging Face directory with a head. The prompt is continued as it
+is (--chat: it goes through the chat template first). --chains above 1 verifies a tree of drafts,
+one for each of the most likely components. The last line is {"text": x, "tokens": n, "stopped": x,
+"seconds": x, "tokens_per_s": x, "tokens_per_call": x, "acceptance": [...], "without": {"text": x,
+"seconds": x, "tokens_per_s": x}, "identical": x}; times leave out compilation, and `identical` is
+null when tokens are drawn, since then only the law is the same.
+"""
+
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from lm import generate
+from lm.config import SamplingConfig
+from lm.cp_heads import speaking
+from ops.dispatch import IMPLEMENTATIONS
+
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "workdir or Hugging Face directory", required=True
+)
+PROMPT = flags.DEFINE_string("prompt", None, "the text to continue")
+flags.mark_flags_as_required(["checkpoint", "prompt"])
+CHAT = flags.DEFINE_bool("chat", False, "render the prompt through the chat template")
+CHAINS = flags.DEFINE_integer("chains", 1, "drafts of a trunk call", lower_bound=1)
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
+TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many tokens only; 0: all")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the most likely tokens that have this mass")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most")
+SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
+)
+
+
+def main() -> dict[str, Any]:
+    sampling = SamplingConfig(TEMPERATURE.value, TOP_K.value, TOP_P.value, MAX_NEW_TOKENS.value)
+    loaded = speaking.load(pathlib.Path(CHECKPOINT.value), dtype=DTYPE.value)
+    speaker = loaded.speaker
+    prompts = [speaker.prompt(PROMPT.value, chat=CHAT.value)]
+    key = jax.random.key(SEED.value)
+    options = {"implementation": IMPLEMENTATION.value, "chunk": sampling.max_new_tokens}
+
+    def drafted():
+        return loaded.stream(prompts, sampling, key, chains=CHAINS.value, **options)
+
+    def plain():
+        return generate.stream(
+            speaker.model,
+            speaker.params,
+            prompts,
+            sampling,
+            speaker.stop_ids,
+            key,
+            valid_vocab=speaker.valid_vocab,
+            **options,
+        )
+
+    ((with_head,), statistics), seconds = _timed(drafted)
+    (without,), seconds_without = _timed(plain)
+    found = statistics.summary()
+    text = speaker.tokenizer.decode(with_head.tokens)
+    print(text, flush=True)
+    return {
+        "text": text,
+        "tokens": len(with_head.tokens),
+        "stopped": with_head.stopped,
+        "seconds": seconds,
+        "tokens_per_s": len(with_head.tokens) / seconds,
+        "tokens_per_call": found["tokens_per_call"],
+        "acceptance": found["acceptance"],
+        "without": {
+            "text": speaker.tokenizer.decode(without.tokens),
+            "seconds": seconds_without,
+            "tokens_per_s": len(without.tokens) / seconds_without,
+        },
+        "identical": None
+        if sampling.temperature
+        else np.array_equal(with_head.tokens, without.tokens),
+    }
+
+
+def _timed(stream: Callable[[], Iterable[Any]]) -> tuple[Any, float]:
+    """What the whole stream gives in its one piece, and the seconds of a run after the first."""
+    list(stream())
+    start = time.perf_counter()
+    (piece,) = stream()
+    return piece, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    cli.run(main)

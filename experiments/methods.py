@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods that `experiments.generate` knows by name: how each opens a checkpoint and streams
+text. A new method is a line of the table."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from lm import generate, prompting
+from lm.config import SamplingConfig
+from lm.cp_heads import speaking
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint, and `lm.generate.stream` on it by some method: called with (prompts, sampling,
+    key, implementation=, chunk=), it yields the pieces of every prompt."""
+
+    speaker: prompting.Speaker
+    stream: Callable[..., Iterator[list[generate.Generation]]]
+
+
+def _dense(path: pathlib.Path, hf: bool, template: str | None, dtype: str | None) -> Opened:
+    load = prompting.load_hf if hf else prompting.load_workdir
+    speaker = load(path, template=template, dtype=dtype)
+
+    def stream(
+        prompts: Sequence[np.ndarray], sampling: SamplingConfig, key: jax.Array, **options
+    ) -> Iterator[list[generate.Generation]]:
+        return generate.stream(
+            speaker.model,
+            speaker.params,
+            prompts,
+            sampling,
+            speaker.stop_ids,
+            key,
+            valid_vocab=speaker.valid_vocab,
+            **options,
+        )
+
+    return Opened(speaker, stream)
+
+
+def _cp_heads(path: pathlib.Path, hf: bool, template: str | None, dtype: str | None) -> Opened:
+    del hf  # a directory with a head says so itself
+    loaded = speaking.load(path, template=template, dtype=dtype)
+
+    def stream(*arguments, **options) -> Iterator[list[generate.Generation]]:
+        return (piece for piece, _ in loaded.stream(*arguments, **options))
+
+    return Opened(loaded.speaker, stream)
+
+
+# called with a path, whether it is a Hugging Face directory, and the template and dtype to use
+# instead of the checkpoint's own
+METHODS: dict[str, Callable[[pathlib.Path, bool, str | None, str | None], Opened]] = {
+    "dense": _dense,
+    "cp_heads": _cp_heads,
+}
