@@ -109,21 +109,21 @@ def target(chip: str) -> Iterator[None]:
 
 
 @functools.cache
-def device(chip: str) -> Any:
-    """An abstract device to lower and compile for."""
+def devices(chip: str, count: int = 1) -> tuple[Any, ...]:
+    """Abstract devices of one host, to lower and compile for."""
     jax.devices()  # registers the plugins, once
     fields = dataclasses.asdict(CHIPS[chip])
     major, minor = divmod(fields["capability"], 10)
     description = _DESCRIPTION.format(major=major, minor=minor, **fields)
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=description, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}"
     )
-    return topology.devices[0]
+    return tuple(topology.devices)
 
 
 def abstract(chip: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """An array that lives on `chip`."""
-    mesh = Mesh(np.array([device(chip)]), ("gpu",))
+    mesh = Mesh(np.array(devices(chip)), ("gpu",))
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ops import _block_lists, dispatch
 from ops import _masked_attention_mosaic as op
@@ -133,6 +134,26 @@ def test_memory_grows_with_the_length_alone():
         )
         program = gpu_target.compile(jax.jit(attend), q, k, k, until)
     assert program.memory.temp_size_in_bytes < 8 * 32768 * 128 * 2 / 8
+
+
+def test_heads_and_sequences_are_split_over_gpus():
+    """Under jax.shard_map, whose types the block lists must have as well."""
+    types = (AxisType.Auto,) * 2
+    gpus = np.array(gpu_target.devices("H100", 4)).reshape(2, 2)
+    mesh = Mesh(gpus, ("data", "tensor"), axis_types=types)
+    split, whole = PartitionSpec("data", None, "tensor"), PartitionSpec("data")
+
+    def attend(q, k, v, until):
+        return masked_attention(q, k, v, Visibility(until), implementation="mosaic_gpu")
+
+    def placed(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=(split,) * 3 + (whole,), out_specs=split)
+    with gpu_target.target("H100"):
+        q, k = (placed((4, 128, N, 64), "bfloat16", split) for N in (8, 4))
+        program = gpu_target.compile(jax.jit(mapped), q, k, k, placed((4, 128), "int32", whole))
+    assert [kernel for kernel in program.kernels if "mosaic" in kernel.name]
 
 
 def from_vectors(vectors, rows, keys):
