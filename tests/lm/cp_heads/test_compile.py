@@ -61,7 +61,7 @@ def test_a_tpu_topology():
 
 @pytest.mark.skipif(bool(gpu_target.missing()), reason="compile-only packages are missing")
 def test_an_h100():
-    config = config_of("lora", lora_layers=1, distill=0.5)
+    config = config_of("lora", lora_layers=1)
     trained, frozen, rows = inputs(config)
     optimizer = train.make_optimizer(config.optimizer, 1)
     step = train.make_step(objective(config, None), optimizer, config.train, config.model.dtype)
