@@ -124,6 +124,12 @@ def edge_objective(model: ModelConfig, execution: losses.Execution, weighting: s
     return objective
 
 
+def cast(params: Params, compute_dtype: str) -> Params:
+    """Master parameters as they are computed with: once, outside the layer scan, so that with fsdp
+    the gathers move `compute_dtype`."""
+    return jax.tree.map(lambda x: x.astype(compute_dtype), params)
+
+
 def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -136,9 +142,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def negative(params, micro, key):
-            # cast once, outside the layer scan: with fsdp the gathers then move compute_dtype
-            compute = jax.tree.map(lambda x: x.astype(compute_dtype), params)
-            total, sums = objective(merge(compute, frozen), micro, key)
+            total, sums = objective(merge(cast(params, compute_dtype), frozen), micro, key)
             return -total, sums
 
         grads, sums = _accumulate(

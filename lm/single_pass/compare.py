@@ -174,7 +174,7 @@ def _squared_norm(tree: train.Params) -> jax.Array:
 
 def _mean_gradient(job: loop.Job, weighting: str) -> Any:
     def mean_loss(params, frozen, batch):
-        compute = jax.tree.map(lambda x: x.astype(job.config.model.dtype), params)
+        compute = train.cast(params, job.config.model.dtype)
         key = jax.random.key(0)
         total, _ = job.objective(train.merge(compute, frozen), batch, key)
         return -total / jnp.sum(batch[losses.WEIGHTS[weighting]])

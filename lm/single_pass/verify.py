@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import losses
+from lm import losses, train
 from lm.config import ModelConfig, require_choice
 from lm.data import packing
 from lm.data.conversations import Conversation
@@ -223,7 +223,7 @@ def _value_and_grad(
     """Log-probability per edge, and the gradient of their weighted sum."""
 
     def total(params):
-        compute = jax.tree.map(lambda x: x.astype(model.dtype), params)
+        compute = train.cast(params, model.dtype)
         return losses.weighted_log_prob(model, compute, batch, execution)
 
     grads, log_probs = jax.grad(total, has_aux=True)(params)
@@ -306,5 +306,4 @@ def _paths(row: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], list[np.nda
 def _log_probs(
     model: ModelConfig, execution: Execution, params: Params, batch: losses.Batch
 ) -> jax.Array:
-    compute = jax.tree.map(lambda x: x.astype(model.dtype), params)
-    return losses.edge_log_probs(model, compute, batch, execution)
+    return losses.edge_log_probs(model, train.cast(params, model.dtype), batch, execution)
