@@ -69,6 +69,11 @@ class Statistics:
             np.concatenate([self.kept, other.kept]), np.concatenate([self.tokens, other.tokens])
         )
 
+    def each(self) -> Iterator["Statistics"]:
+        """Of every sequence by itself."""
+        for index in range(len(self.tokens)):
+            yield Statistics(self.kept[index : index + 1], self.tokens[index : index + 1])
+
     @property
     def trunk_calls(self) -> int:
         """Of all sequences, the calls on prompts not counted."""
