@@ -4,7 +4,7 @@
     python -m experiments.cp_heads.train --config=configs/cp_heads.py:PRESET --workdir=DIR
 
 smoke        0.9 M, bytes of the standard library; seconds on 2 CPU cores: tests, first contact
-demo         a trained BPE and a model small enough to learn it in 20 s on 2 CPU cores: `make demo`
+demo         the embedded arithmetic, a trained BPE; a minute on 2 CPU cores: `make demo`
 colab        20 M, a trained BPE; one small GPU or TPU, meant for under 30 minutes (not measured)
 python_100m  100 M, a trained BPE, installed packages included; one H100: ranks and transitions
              against each other on one target
@@ -58,6 +58,10 @@ def smoke() -> ConfigDict:
     data.window = 64
     data.limit = 0
     data.seed = 0
+    data.min_turns = 2
+    data.max_turns = 4
+    data.max_number = 20
+    data.max_operand = 9
     data.validation_fraction = 0.1
     data.eval_conversations = 16
 
@@ -92,15 +96,17 @@ def smoke() -> ConfigDict:
 
 
 def demo() -> ConfigDict:
-    """Short rows of a few hundred files, which so small a model can begin to know."""
+    """The embedded arithmetic: regular enough for a model of a minute to draft well."""
     config = smoke()
     config.model = shapes.model(num_layers=2, embed_dim=64, head_dim=16, mlp_dim=192, qk_norm=True)
+    config.data.source = "arithmetic"
     config.data.tokenizer = "bpe:400"
     config.data.seq_len = 192
-    config.data.limit = 200
-    config.train.batch_size = 8
-    config.train.steps = 150
-    config.train.checkpoint_every = 150
+    config.data.limit = 1000
+    config.data.max_number = 9
+    config.train.batch_size = 4
+    config.train.steps = 120
+    config.train.checkpoint_every = 120
     config.train.log_every = 10
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 20

@@ -3,16 +3,24 @@
 
 import pytest
 
-from configs import single_pass
+from configs import cp_heads, single_pass
 from lm.config import Config, ModelConfig, freeze, to_dict
+from lm.cp_heads.config import CpConfig
 from lm.errors import UserError
 
 
-@pytest.mark.parametrize("preset", single_pass.PRESETS)
-def test_presets_freeze_and_survive_json(preset):
-    values = single_pass.get_config(preset).to_dict()
-    config = freeze(values)
-    assert freeze(to_dict(config)) == config
+@pytest.mark.parametrize(
+    ("presets", "kind", "preset"),
+    [
+        (presets, kind, preset)
+        for presets, kind in ((single_pass, Config), (cp_heads, CpConfig))
+        for preset in presets.PRESETS
+    ],
+)
+def test_presets_freeze_and_survive_json(presets, kind, preset):
+    values = presets.get_config(preset).to_dict()
+    config = freeze(values, kind)
+    assert freeze(to_dict(config), kind) == config
     assert _count(values) < 80
 
 
