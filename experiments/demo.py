@@ -6,6 +6,7 @@
 | demo | what it shows | on 2 CPU cores |
 |---|---|---|
 | single_pass | all turns of a conversation trained in one pass, or one pass each | 3 minutes |
+| cp_heads | heads that draft 4 tokens at once: tokens per trunk call by rank | 50 seconds |
 
 --only=all runs every one. Each works in WORKDIR/NAME; WORKDIR/report.html is about all of them.
 The last line is {"report": path, "demos": {NAME: {"seconds": x, "rows": [...], ...}}}.
@@ -16,11 +17,12 @@ import pathlib
 from absl import flags
 
 from experiments import cli
+from experiments.cp_heads import demo as cp_heads
 from experiments.single_pass import demo as single_pass
 from lm import report
 from lm.errors import UserError
 
-DEMOS = {"single_pass": single_pass.run}
+DEMOS = {"single_pass": single_pass.run, "cp_heads": cp_heads.run}
 
 ONLY = flags.DEFINE_string("only", "all", f"all, or one of {', '.join(DEMOS)}")
 WORKDIR = flags.DEFINE_string("workdir", "demo", "where the runs and report.html go")

@@ -35,6 +35,20 @@ _FILES = (
 _TITLES = {
     "evaluate": "Held-out conversations, by turn",
     "verify": "Against plain causal passes over the same samples",
+    "acceptance": "Drafts of CP heads: expected tokens per trunk call, without a decoder",
+}
+_SHOWN = {  # columns of kinds whose rows hold more than fits a page
+    "acceptance": (
+        "method",
+        "expected_tokens_per_call",
+        "stderr",
+        "tokens_per_call",
+        "expected_accepted",
+        "joint_nll",
+        "head_parameters",
+        "source",
+        "trained_on",
+    )
 }
 _METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
 
@@ -52,6 +66,11 @@ class Run:
     comparison: tuple[Row, ...] = ()
     benchmarks: tuple[Row, ...] = ()
     plan: Mapping[str, Any] | None = None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the run is about heads that draft, not about modes of training."""
+        return "head" in self.config
 
     @property
     def num_rows(self) -> int:
@@ -143,7 +162,7 @@ def _read(path: pathlib.Path, method: str | None = None) -> Run:
     }
     return Run(
         path=path,
-        label=method or config.get("data", {}).get("mode", path.name),
+        label=method or _label(path, config),
         config=config,
         env=_json(path / "env.json") or {},
         metrics=rows["metrics"],
@@ -152,6 +171,10 @@ def _read(path: pathlib.Path, method: str | None = None) -> Run:
         benchmarks=rows["benchmark"],
         plan=_json(path / "plan.json"),
     )
+
+
+def _label(path: pathlib.Path, config: Mapping[str, Any]) -> str:
+    return path.name if "head" in config else config.get("data", {}).get("mode", path.name)
 
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -193,9 +216,21 @@ def build(workdirs: Sequence[str | pathlib.Path]) -> Report:
     html = page.render(
         title=f"Skim: {names}",
         subtitle=_subtitle(runs[0]),
-        sections=[section for section in sections if section is not None],
+        sections=_without_empty(sections, hints=not all(run.drafts for run in runs)),
     )
     return Report(html, figures, sum(run.num_rows for run in runs))
+
+
+def _without_empty(sections: Sequence[Section | None], hints: bool) -> list[Section]:
+    """Sections that show something. Hints name single-pass commands: not for other runs."""
+    kept = []
+    for section in sections:
+        blocks = () if section is None else section.blocks
+        if not hints:
+            blocks = tuple(block for block in blocks if block.kind != "hint")
+        if blocks:
+            kept.append(dataclasses.replace(section, blocks=blocks))
+    return kept
 
 
 def write(workdirs: Sequence[str | pathlib.Path], folder: str | pathlib.Path = "") -> Report:
@@ -240,10 +275,14 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     plan = _first_plan(runs)
     if plan is not None:
         found["plan"] = plots.costs(plan["modes"])
-    measured = latest(row for run in runs for row in run.benchmarks)
+    measured = [row for row in latest(_benchmarks(runs)) if row.get("step_ms") is not None]
     if measured:
         found["speed"] = plots.speed(measured)
     return found
+
+
+def _benchmarks(runs: Sequence[Run]) -> list[Row]:
+    return [row for run in runs for row in run.benchmarks]
 
 
 def _depths(run: Run) -> list[Row]:
@@ -388,7 +427,8 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
         rows = [
             row for run in runs for row in run.evaluations if row.get("kind", "evaluate") == kind
         ]
-        blocks.append(tables.table(latest(rows), _TITLES.get(kind, f"Rows of {kind}")))
+        title = _TITLES.get(kind, f"Rows of {kind}")
+        blocks.append(tables.table(latest(rows), title, _SHOWN.get(kind)))
     if not any(row.get("exact_match") is not None for run in runs for row in run.evaluations):
         hint = "No evaluation by generation."
         blocks.append(_hint(hint, _command(runs[0], "evaluate")))
@@ -396,14 +436,15 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
 
 
 def _speed(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
-    rows = latest(row for run in runs for row in run.benchmarks)
+    rows = latest(_benchmarks(runs))
     if not rows:
         hint = "No benchmark: step time and memory of the modes beside each other on this device."
         command = _command(runs[0], "benchmark", " --modes=tree,n_pass --config=...")
         return Section("Speed", (_hint(hint, command),))
-    return Section(
-        "Speed", (Picture("Medians of alternating steps", figures["speed"]), tables.table(rows))
-    )
+    blocks: list[Any] = []
+    if "speed" in figures:
+        blocks.append(Picture("Medians of alternating steps", figures["speed"]))
+    return Section("Speed", (*blocks, tables.table(rows)))
 
 
 def _pictures(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section | None:

@@ -39,6 +39,9 @@ _COLUMNS = {
     "cost": ("cost", "number"),
     "gradient_noise": ("gradient noise", "number"),
     "n": ("answers", "integer"),
+    "expected_tokens_per_call": ("expected tokens per call", "number"),
+    "tokens_per_call": ("tokens per call", "number"),
+    "joint_nll": ("joint NLL, nats", "number"),
     "max_abs_loss": ("loss difference, nats", "number"),
     "max_rel_grad": ("gradient difference", "number"),
 }

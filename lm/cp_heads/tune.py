@@ -265,7 +265,9 @@ def _trained(
             folder = workdir.path / "heads" / evaluate.name_of(own).replace(" ", "_")
             say(f"training {folder.name}")
             loss = dataclasses.replace(config.loss, mode="heads")
-            one = dataclasses.replace(config, head=own, loss=loss, init_from=str(paths[0]))
+            data = dataclasses.replace(config.data, tokenizer="auto")  # the trunk's
+            one = dataclasses.replace(config, head=own, loss=loss, data=data)
+            one = dataclasses.replace(one, init_from=str(paths[0]))
             training.run(one, Workdir(folder))
             made.append(folder)
     return made

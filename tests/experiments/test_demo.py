@@ -29,7 +29,7 @@ def test_an_unknown_demo_is_one_clear_line(tmp_path):
     assert got.returncode == 2
     (line,) = got.stderr.splitlines()
     assert "nonsense" in line
-    assert "single_pass" in line
+    assert {"single_pass", "cp_heads"} <= set(line.replace(",", " ").split())
     assert not (tmp_path / "demo").exists()
 
 
@@ -64,3 +64,23 @@ def test_single_pass_demo(tmp_path):
     assert time.monotonic() - began < result["demos"]["single_pass"]["seconds"]
     repeated = json.loads(again.stdout.splitlines()[-1])["demos"]["single_pass"]["rows"]
     assert [row["exact_match"] for row in repeated] == [row["exact_match"] for row in rows.values()]
+
+
+@pytest.mark.slow
+def test_cp_heads_demo(tmp_path):
+    got = command("--only=cp_heads", f"--workdir={tmp_path}/demo")
+    assert got.returncode == 0, got.stderr
+    *lines, last = got.stdout.splitlines()
+    result = json.loads(last)
+    page = pathlib.Path(result["report"]).read_text()
+    assert "single_pass" not in page
+    rows = {row["method"]: row for row in result["demos"]["cp_heads"]["rows"]}
+    first, cp, hmm = rows.values()
+    assert (first["rank"], cp["transition"], hmm["transition"]) == (1, "identity", "constant")
+    for row in (cp, hmm):
+        assert row["rank"] == 4
+        assert row["expected_tokens_per_call"] > first["expected_tokens_per_call"] + 0.2
+    best = max(rows.values(), key=lambda row: row["expected_tokens_per_call"])
+    assert abs(best["tokens_per_call"] - best["expected_tokens_per_call"]) < 0.5
+    assert any(line.startswith(best["method"]) for line in lines)
+    assert (tmp_path / "demo/cp_heads/plots/acceptance_greedy_by_rank.png").is_file()

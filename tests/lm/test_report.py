@@ -266,3 +266,24 @@ def test_environment_of_equal_runs_is_one_column(compared):
     assert len(table) == 3
     assert dataclasses.is_dataclass(table[0])
     assert made.html.count("orbax-checkpoint") == 1
+
+
+def test_a_run_of_heads_shows_its_rows_and_no_single_pass_hints(tmp_path):
+    rows = {
+        "eval.jsonl": {
+            "kind": "acceptance",
+            "method": "cp r4 n4 greedy",
+            "rank": 4,
+            "expected_tokens_per_call": 3.125,
+            "acceptance": [0.9, 0.8, 0.7],
+        },
+        "benchmark.jsonl": {"kind": "decode", "method": "autoregressive", "tokens_per_s": 123.0},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"head": {"rank": 4}, "data": {"mode": "x"}}))
+    for name, row in rows.items():
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    made = report.build([tmp_path])
+    assert not made.figures
+    for text in ("expected tokens per call", "3.125", "autoregressive", "123"):
+        assert text in made.html
+    assert "single_pass" not in made.html
