@@ -32,7 +32,7 @@ from lm.errors import UserError
 HeadParams = dict[str, Any]
 TRANSITIONS = ("identity", "constant", "linear")
 EXPANDERS = ("low_rank", "full", "mlp", "direct")
-_STAY = 0.9  # of a transition's probability that the component keeps, at the start
+_STAY = 0.98  # of a transition's probability that the component keeps, at the start
 
 
 @dataclasses.dataclass(frozen=True)
