@@ -252,7 +252,9 @@ def rates(rows: Sequence[Row]) -> Figure:
         panel.grid(False, axis="x")
         if column == 0:
             panel.set_ylabel("TFLOP/s on visible pairs")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=int(inches / 1.6))
+    figure.legend(
+        *panel.get_legend_handles_labels(), loc="outside lower center", ncols=int(inches / 1.6)
+    )
     return figure
 
 

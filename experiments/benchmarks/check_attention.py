@@ -7,8 +7,8 @@ Trees, async programs and sliding windows, alone and packed, with every group si
 implementation that refuses a call is listed with its reason; one that serves it must be within the
 tolerance, exactly zero where nothing is seen, and the same bit for bit when run again, or the exit
 status is 1. --out receives attention_check.jsonl (a row per mask, as soon as it is checked) and
-attention_check.md. The last line is {"lines": [{"implementation": ..., "cases": n, "passed": n, "error_out": x, ...}, ...],
-"failed": n, ...}.
+attention_check.md. The last line is {"lines": [{"implementation": ..., "cases": n, "passed": n,
+"error_out": x, ...}, ...], "failed": n, ...}.
 """
 
 import collections

@@ -29,7 +29,7 @@ def sample_lists(draw):
 
 
 def brute_force(samples):
-    """A trie of token tuples in depth-first order; the branch with the latest sample comes first."""
+    """A trie of token tuples in depth-first order, the branch with the latest sample first."""
     latest, weights, shares, first = {}, {}, {}, {}
     for number, s in enumerate(samples):
         tokens = tuple(s.tokens.tolist())
