@@ -52,18 +52,33 @@ def factors(
     valid_vocab: int | None = None,
 ) -> Factors:
     """The gate, every factor and every transition at one position."""
-    options = {"softcap": model.logit_softcap, "valid_vocab": valid_vocab}
-    steps = range(config.predicted)
     return Factors(
         log_w=head.gate(params, states),
-        log_p=tuple(
-            jax.nn.log_softmax(head.logits(params, config, states, step, table, **options))
-            for step in steps
+        log_p=_log_probs(params, config, model, states, table, valid_vocab),
+        log_a=tuple(
+            head.transition(params, config, states, step) for step in range(config.predicted)
         ),
-        log_a=tuple(head.transition(params, config, states, step) for step in steps),
         ids=params["vocab"]["ids"] if "vocab" in params else None,
         vocab=table.shape[0],
     )
+
+
+def _log_probs(params, config, model, states, table, valid_vocab) -> tuple[jax.Array, ...]:
+    """P of [B, R, V']."""
+    steps = range(config.predicted)
+    if config.expander == "direct":
+        options = {"softcap": model.logit_softcap, "valid_vocab": valid_vocab}
+        logits = [head.logits(params, config, states, s, table, **options) for s in steps]
+        return tuple(map(jax.nn.log_softmax, logits))
+    # one product for all factors: at small batches reading the matrix is what a draft costs
+    z = jnp.stack([head.components(params, config, states, step) for step in steps])
+    weights = head.output_table(params, config, table, 0).astype(z.dtype)
+    logits = jnp.einsum("pbrd,vd->pbrv", z, weights, preferred_element_type=jnp.float32)
+    if model.logit_softcap is not None:
+        logits = model.logit_softcap * jnp.tanh(logits / model.logit_softcap)
+    if "vocab" not in params:
+        logits = draws.masked_logits(logits, valid_vocab)
+    return tuple(jax.nn.log_softmax(logits))
 
 
 def conditional(belief: jax.Array, log_p: jax.Array) -> jax.Array:
