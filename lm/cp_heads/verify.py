@@ -73,8 +73,8 @@ def verify(
 ) -> Findings:
     """Runs every check. Prompts are repeated as often as needed; () takes random ones.
 
-    `tokens` greedy tokens are compared, half of them from trees of drafts where the rank allows
-    them; those come with stop tokens, which may end some texts early.
+    At least `tokens` greedy tokens are compared, half of them from trees of drafts where the rank
+    allows them; those come with stop tokens.
 
     Raises UserError for a head that does not fit the model.
     """
@@ -87,11 +87,13 @@ def verify(
     if config.rank > 1 and config.predicted > 1:
         drafters.append((Heads(config, chains=min(config.rank, 3)), stop_ids))
     count = -(-tokens // (_NEW * len(drafters)))
-    texts = _prompts(prompts, target, count, seed)
-    wrong = checked = 0
-    for drafter, stops in drafters:
+    count = 1 << (count - 1).bit_length()  # what the batch is padded to anyway
+    wrong = checked = turn = 0
+    while turn < len(drafters) or checked < tokens:  # stop tokens may end the texts of a turn early
+        drafter, stops = drafters[turn] if turn < len(drafters) else drafters[0]
+        texts = _prompts(prompts, target, count, seed + turn)
         found = greedy_mismatches(target, params, drafter, weights, texts, stops)
-        wrong, checked = wrong + found[0], checked + found[1]
+        wrong, checked, turn = wrong + found[0], checked + found[1], turn + 1
     return Findings(loss_error, grad_error, law_error, wrong, checked)
 
 
