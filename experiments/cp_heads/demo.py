@@ -22,6 +22,7 @@ from lm.workdir import Workdir
 HEADS = {"rank1": (1, "identity"), "cp": (4, "identity"), "hmm": (4, "constant")}
 _STEPS = {"trunk": 120, "heads": 80}
 _PROMPT = 48  # tokens
+_TEXTS = 64
 _COLUMNS = (
     "method",
     "expected_tokens_per_call",
@@ -42,6 +43,9 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
     """
     began = time.monotonic()
     config = freeze(presets.get_config("demo").to_dict(), CpConfig)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, eval_conversations=_TEXTS)
+    )
     workdir = Workdir(folder)
     workdir.create(config)
     workdir.record(config)
@@ -55,7 +59,7 @@ def run(folder: pathlib.Path) -> dict[str, Any]:
         own = dataclasses.replace(_of(config, "heads"), head=head, init_from=str(trunk))
         training.run(own, Workdir(paths[name]))
     say("3/4 evaluate: what each would accept, from teacher forcing alone")
-    options = evaluate.Options(prompt_tokens=_PROMPT)
+    options = evaluate.Options(prompt_tokens=_PROMPT, batch_size=_TEXTS)
     rows = evaluate.run(config, [*paths.values()], options)["rows"]
     rows = [row for row in rows if row["n"] == config.head.predicted]
     say("4/4 decode: the same greedy text, in fewer trunk calls")

@@ -66,7 +66,9 @@ def draw(rows: Sequence[Row]) -> dict[str, Figure]:
 
 
 def _is_baseline(row: Row) -> bool:
-    return _rank(row) is None and row.get("tokens_per_s") is not None and _single(row)
+    """Methods without a rank; trees of drafts belong to no line."""
+    other = _rank(row) is None and "chains" not in row
+    return other and row.get("tokens_per_s") is not None and _single(row)
 
 
 def _single(row: Row) -> bool:

@@ -259,9 +259,10 @@ def test_figures_hold_the_rows(folder):
     auto = {"method": "autoregressive", "tokens_per_s": 50.0, "temperature": 1.0}
     big = {**ROWS[0], "method": "cp r1 n2 again", "batch": 8, "tokens_per_s": 9e9}
     path = folder / "benchmark.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in [*ROWS, auto, big, ROWS[-1]]))
+    tree = {**auto, "method": "cp r4 n4 tree3", "transition": "identity+tree", "chains": 3}
+    path.write_text("\n".join(json.dumps(row) for row in [*ROWS, auto, big, tree, ROWS[-1]]))
     rows = figures.gather([path])
-    assert len(rows) == len(ROWS) + 2
+    assert len(rows) == len(ROWS) + 3
     drawn = figures.draw(rows)
     assert set(drawn) == {"acceptance_t1", "speed_t1"}
     lines = figures.lines_of(rows, "expected_tokens_per_call", "stderr")
@@ -272,7 +273,9 @@ def test_figures_hold_the_rows(folder):
         (2, pytest.approx(1.24), pytest.approx(0.0196)),
         (4, pytest.approx(1.44), pytest.approx(0.0196)),
     ]
-    assert any(text.get_text() == "autoregressive" for text in drawn["speed_t1"].axes[0].texts)
+    texts = {text.get_text() for text in drawn["speed_t1"].axes[0].texts}
+    assert "autoregressive" in texts
+    assert "cp r4 n4 tree3" not in texts
     saved = figures.save(drawn, folder / "plots")
     assert len(saved) == 2
     assert (folder / "plots" / "speed_t1_by_rank.png").read_bytes().startswith(b"\x89PNG")
