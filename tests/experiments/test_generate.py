@@ -67,7 +67,7 @@ def test_a_file_of_prompts(hf_dir, tmp_path):
     [
         (["--hf_dir=absent", "--prompt=x"], "absent: no such directory"),
         (["--hf_dir=HF", "--prompt=x", "--method=guess"], "should be one of"),
-        (["--hf_dir=HF", "--prompt=x", "--implementation=triton"], "no triton implementation"),
+        (["--hf_dir=HF", "--prompt=x", "--implementation=triton"], "triton: runs on CUDA GPUs"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(hf_dir, arguments, reason):
