@@ -94,7 +94,7 @@ def run(
         data = data_of(loaded, config)
         trunk = attach.digest(params)
         for sampling in drawn:
-            key = (trunk, data, sampling)
+            key = (trunk, dataclasses.replace(data, tokenizer="", template=""), sampling)
             if key not in made:
                 made[key] = texts_of(loaded.setup, params, data, sampling, options)
             found = measure(loaded, params, made[key], sampling, options)
@@ -106,7 +106,7 @@ def run(
                 "seed": options.seed,
             }
             rows += [row | known for row in found]
-            if not setup.is_hf(path):
+            if not (attach.is_attached(path) or setup.is_hf(path)):
                 for row in rows[-len(found) :]:
                     Workdir(path).append("eval.jsonl", row)
     best = max(rows, key=lambda row: row["expected_tokens_per_call"] or 0)
