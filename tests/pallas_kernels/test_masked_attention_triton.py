@@ -59,6 +59,13 @@ def compiled(chip, head_dim, dtype, function=gradients, T=1000, S=1000, vectors=
         return gpu_target.compile(jax.jit(function), q, k, k, *mask)
 
 
+def passes(program):
+    """The names of the attention kernels; the lists of blocks have one of their own."""
+    names = [kernel.name for kernel in program.kernels]
+    assert "compact" in names
+    return [name for name in names if name != "compact"]
+
+
 def fits(program, chip):
     limit = gpu_target.CHIPS[chip].shared_per_block
     return all(kernel.shared <= limit for kernel in program.kernels)
@@ -70,7 +77,7 @@ def fits(program, chip):
 def test_compiles_without_spills(chip, head_dim):
     program = compiled(chip, head_dim, "bfloat16")
     print(chip, head_dim, *program.kernels, sep="\n  ")
-    assert [kernel.name for kernel in program.kernels] == KERNELS
+    assert passes(program) == KERNELS
     assert not [kernel for kernel in program.kernels if kernel.spilled]
     assert fits(program, chip)
 
@@ -79,7 +86,7 @@ def test_compiles_without_spills(chip, head_dim):
 def test_without_hidden_runs_in_memory_that_grows_with_the_sequence():
     """The commonest mask and head dim: other kernels, because hidden runs cost nothing there."""
     program = compiled("H100", 128, "bfloat16", T=32768, S=32768, vectors=1)
-    assert [kernel.name for kernel in program.kernels] == KERNELS
+    assert passes(program) == KERNELS
     assert not [kernel for kernel in program.kernels if kernel.spilled]
     scores = 2 * 8 * 32768**2
     assert program.memory.temp_size_in_bytes < scores / 50
@@ -88,7 +95,7 @@ def test_without_hidden_runs_in_memory_that_grows_with_the_sequence():
 @compiles
 def test_float32_compiles():
     program = compiled("A100", 64, "float32", vectors=4)
-    assert [kernel.name for kernel in program.kernels] == KERNELS
+    assert passes(program) == KERNELS
     assert fits(program, "A100")
 
 
@@ -98,7 +105,7 @@ def test_one_row_of_float16_compiles():
         return masked_attention(q, k, v, Visibility(*vectors), implementation="triton")
 
     program = compiled("H100", 64, "float16", forward, T=1, vectors=4)
-    assert [kernel.name for kernel in program.kernels] == KERNELS[:1]
+    assert passes(program) == KERNELS[:1]
     assert fits(program, "H100")
 
 
