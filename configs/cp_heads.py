@@ -14,7 +14,7 @@ paper        the published setting as far as it is known: 56 M, n = 4, rank 4, `
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from configs import common, shapes
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
@@ -26,10 +26,7 @@ def get_config(preset: str = "smoke") -> ConfigDict:
 
 def smoke() -> ConfigDict:
     """Seconds on a CPU."""
-    config = ConfigDict()
-    config.model = shapes.model()
-    config.init_from = ""
-
+    config = common.smoke()
     config.head = head = ConfigDict()
     head.rank = 4
     head.predicted = 4
@@ -49,49 +46,8 @@ def smoke() -> ConfigDict:
     loss.distill = 0.0
     loss.fraction = 1.0
 
-    config.data = data = ConfigDict()
-    data.source = "python"
-    data.tokenizer = "auto"
-    data.template = ""
-    data.on_error = "stop"
-    data.seq_len = 128
-    data.window = 64
-    data.limit = 0
-    data.seed = 0
-    data.min_turns = 2
-    data.max_turns = 4
-    data.max_number = 20
-    data.max_operand = 9
-    data.validation_fraction = 0.1
-    data.eval_conversations = 16
-
-    config.train = train = ConfigDict()
-    train.batch_size = 4
-    train.accumulate = 1
-    train.steps = 30
-    train.epochs = 1
-    train.remat = "none"
-    train.implementation = ""
-    train.checkpoint_every = 10
-    train.keep_checkpoints = 2
-    train.log_every = 5
-    train.seed = 0
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 3e-3
-    optimizer.schedule = "cosine"
-    optimizer.warmup_steps = 10
-    optimizer.final_fraction = 0.1
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.01
-    optimizer.clip_norm = 1.0
-
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    config.sampling = ConfigDict(
-        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 64}
-    )
+    config.data.source = "python"
+    config.data.seq_len = 128
     return config
 
 

@@ -14,7 +14,7 @@ lora      adapters on the checkpoint in init_from; one 80 GB GPU (not measured)
 
 from ml_collections import ConfigDict
 
-from configs import shapes
+from configs import common, shapes
 
 
 def get_config(preset: str = "smoke") -> ConfigDict:
@@ -26,61 +26,16 @@ def get_config(preset: str = "smoke") -> ConfigDict:
 
 def smoke() -> ConfigDict:
     """Seconds on a CPU."""
-    config = ConfigDict()
-    config.model = shapes.model()
-    config.init_from = ""
-
-    config.data = data = ConfigDict()
-    data.source = "arithmetic"
-    data.tokenizer = "auto"
-    data.template = ""
+    config = common.smoke()
+    data = config.data
     data.policy = "interleaved"
     data.think_open = "<think>"
     data.think_close = "</think>"
-    data.on_error = "stop"
     data.mode = "tree"
-    data.seq_len = 512
-    data.window = 64
     data.overlong = "drop"
-    data.limit = 0
-    data.seed = 0
-    data.min_turns = 2
-    data.max_turns = 4
-    data.max_number = 20
-    data.max_operand = 9
     data.tools = False
-    data.validation_fraction = 0.1
-    data.eval_conversations = 16
-
-    config.train = train = ConfigDict()
-    train.batch_size = 4
-    train.accumulate = 1
-    train.steps = 30
-    train.epochs = 1
-    train.weighting = "per_token"
-    train.remat = "none"
-    train.implementation = ""
-    train.checkpoint_every = 10
-    train.keep_checkpoints = 2
-    train.log_every = 5
-    train.verify_every = 0
-    train.seed = 0
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 3e-3
-    optimizer.schedule = "cosine"
-    optimizer.warmup_steps = 10
-    optimizer.final_fraction = 0.1
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.01
-    optimizer.clip_norm = 1.0
-
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    config.sampling = ConfigDict(
-        {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": 64}
-    )
+    config.train.weighting = "per_token"
+    config.train.verify_every = 0
     return config
 
 
