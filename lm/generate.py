@@ -159,7 +159,7 @@ def stream(
     for limit in range(chunk, sampling.max_new_tokens + chunk, chunk):
         limit = min(limit, sampling.max_new_tokens)
         state = _decode(program, params, state, arguments[-2], limit)
-        piece, seen, finished = _collect(state, seen)
+        piece, seen, finished = collect(state, seen)
         yield piece
         if finished:
             return
@@ -223,34 +223,56 @@ def _request(
 ) -> tuple[_Program, tuple[Any, ...]]:
     """The program with its capacity, and the padded arguments of `_prefill`."""
     new = program.sampling.max_new_tokens
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths:
-        raise UserError("nothing to generate: no prompts")
-    if min(lengths) == 0:
-        raise UserError(f"prompt {lengths.index(0)} is empty: generation needs a token to go on")
+    lengths = prompt_lengths(prompts)
     longest = max(lengths)
     if capacity is not None and longest + new > capacity:
         raise UserError(
             f"prompt {lengths.index(longest)} has {longest} tokens and {new} new ones are asked "
             f"for: {longest + new} do not fit into a capacity of {capacity}"
         )
-    if indices is not None and len(indices) != len(prompts):
-        raise UserError(f"{len(indices)} indices for {len(prompts)} prompts")
     size = bucket(longest)
     if capacity is None:
         capacity = -(-(size + new) // 64) * 64
-    size = min(size, capacity)
-    batch = _batch_bucket(len(prompts), program.sharding)
+    padded = pad(prompts, indices, min(size, capacity), program.sharding)
+    program = dataclasses.replace(program, capacity=capacity)
+    return program, (*padded, pad_stops(stop_ids), key)
+
+
+def prompt_lengths(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Tokens of each prompt. Raises UserError: no prompts, or an empty one."""
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths:
+        raise UserError("nothing to generate: no prompts")
+    if min(lengths) == 0:
+        raise UserError(f"prompt {lengths.index(0)} is empty: generation needs a token to go on")
+    return lengths
+
+
+def pad(
+    prompts: Sequence[np.ndarray],
+    indices: Sequence[int] | None,
+    size: int,
+    sharding: Sharding | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens [B, size], lengths [B] and indices [B], int32, of a batch filled up with sequences of
+    length 0. Raises UserError unless there is an index for every prompt."""
+    if indices is not None and len(indices) != len(prompts):
+        raise UserError(f"{len(indices)} indices for {len(prompts)} prompts")
+    batch = _batch_bucket(len(prompts), sharding)
     tokens = np.zeros((batch, size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=False):
         row[: len(prompt)] = prompt
-    padded = np.zeros((2, batch), np.int32)
-    padded[0, : len(prompts)] = lengths
-    padded[1, : len(prompts)] = np.arange(len(prompts)) if indices is None else indices
-    # -1 is no token; room for a few more stop tokens keeps the program
+    lengths, numbers = np.zeros((2, batch), np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    numbers[: len(prompts)] = np.arange(len(prompts)) if indices is None else indices
+    return tokens, lengths, numbers
+
+
+def pad_stops(stop_ids: Sequence[int]) -> np.ndarray:
+    """Stop tokens, int32: -1 is no token, and room for a few more keeps the program."""
     stops = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
-    return dataclasses.replace(program, capacity=capacity), (tokens, *padded, stops, key)
+    return stops
 
 
 def _batch_bucket(count: int, sharding: Sharding | None) -> int:
@@ -259,8 +281,11 @@ def _batch_bucket(count: int, sharding: Sharding | None) -> int:
     return parts * (1 << (-(-count // parts) - 1).bit_length())
 
 
-def _collect(state: _State, seen: np.ndarray) -> tuple[list[Generation], np.ndarray, bool]:
-    """What is new for every sequence since `seen` tokens, the new counts, and whether all ended."""
+def collect(state: Any, seen: np.ndarray) -> tuple[list[Generation], np.ndarray, bool]:
+    """What is new for every sequence since `seen` tokens, the new counts, and whether all ended.
+
+    state: of a loop, with `tokens`, `log_probs`, `counts`, `stopped` and `done`.
+    """
     fields = state.tokens, state.log_probs, state.counts, state.stopped, state.done
     tokens, log_probs, counts, stopped, done = jax.device_get(fields)
     count = len(seen)

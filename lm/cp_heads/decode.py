@@ -167,7 +167,7 @@ def stream(
     most = target.sampling.max_new_tokens
     for limit in range(chunk, most + chunk, chunk):
         state = advance(program, params, weights, state, stops, min(limit, most), most)
-        piece, seen, finished = _collect(state, seen)
+        piece, seen, finished = generate.collect(state, seen)
         yield piece, statistics(state, len(prompts))
         if finished:
             return
@@ -195,45 +195,18 @@ def request(
     Raises UserError as `decode` does.
     """
     drafter.check(target)
-    lengths = [len(prompt) for prompt in prompts]
-    if not lengths:
-        raise UserError("nothing to generate: no prompts")
-    if min(lengths) == 0:
-        raise UserError(f"prompt {lengths.index(0)} is empty: generation needs a token to go on")
-    if indices is not None and len(indices) != len(prompts):
-        raise UserError(f"{len(indices)} indices for {len(prompts)} prompts")
-    size = generate.bucket(max(lengths))
+    size = generate.bucket(max(generate.prompt_lengths(prompts)))
     # a finished sequence stands still, and is still fed with a draft
     room = size + target.sampling.max_new_tokens + drafter.length + 1
-    parts = 1 if target.sharding is None else target.sharding.size("batch")
-    batch = parts * (1 << (-(-len(prompts) // parts) - 1).bit_length())
-    tokens = np.zeros((batch, size), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
-        row[: len(prompt)] = prompt
-    padded = np.zeros((2, batch), np.int32)
-    padded[0, : len(prompts)] = lengths
-    padded[1, : len(prompts)] = np.arange(len(prompts)) if indices is None else indices
-    # -1 is no token; room for a few more stop tokens keeps the program
-    stops = np.full(-(-max(len(stop_ids), 1) // 8) * 8, -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    return Program(target, drafter, -(-room // 64) * 64), (tokens, *padded, key), stops
+    padded = generate.pad(prompts, indices, size, target.sharding)
+    program = Program(target, drafter, -(-room // 64) * 64)
+    return program, (*padded, key), generate.pad_stops(stop_ids)
 
 
 def statistics(state: State, count: int) -> Statistics:
     """Of the first `count` sequences, on the host."""
     kept, tokens = jax.device_get((state.kept, state.counts))
     return Statistics(kept[:count], tokens[:count])
-
-
-def _collect(state: State, seen: np.ndarray) -> tuple[list[Generation], np.ndarray, bool]:
-    """What is new for every sequence since `seen` tokens, the new counts, and whether all ended."""
-    fields = state.tokens, state.log_probs, state.counts, state.stopped, state.done
-    tokens, log_probs, counts, stopped, done = jax.device_get(fields)
-    piece = []
-    for i in range(len(seen)):
-        new = slice(seen[i], counts[i])
-        piece.append(Generation(tokens[i, new], log_probs[i, new], bool(stopped[i])))
-    return piece, counts[: len(seen)], bool(done.all())
 
 
 @functools.partial(jax.jit, static_argnums=0)
