@@ -4,13 +4,9 @@ text. A new method is a line of the table."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-
-import jax
-import numpy as np
+from collections.abc import Callable, Iterator
 
 from lm import generate, prompting
-from lm.config import SamplingConfig
 from lm.cp_heads import speaking
 
 
@@ -26,22 +22,7 @@ class Opened:
 def _dense(path: pathlib.Path, hf: bool, template: str | None, dtype: str | None) -> Opened:
     load = prompting.load_hf if hf else prompting.load_workdir
     speaker = load(path, template=template, dtype=dtype)
-
-    def stream(
-        prompts: Sequence[np.ndarray], sampling: SamplingConfig, key: jax.Array, **options
-    ) -> Iterator[list[generate.Generation]]:
-        return generate.stream(
-            speaker.model,
-            speaker.params,
-            prompts,
-            sampling,
-            speaker.stop_ids,
-            key,
-            valid_vocab=speaker.valid_vocab,
-            **options,
-        )
-
-    return Opened(speaker, stream)
+    return Opened(speaker, speaker.stream)
 
 
 def _cp_heads(path: pathlib.Path, hf: bool, template: str | None, dtype: str | None) -> Opened:

@@ -4,13 +4,14 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from lm import generate, setup
-from lm.config import ModelConfig
+from lm.config import ModelConfig, SamplingConfig
 from lm.errors import DataError, UserError
 from lm.hf import weights
 from lm.text import chat, tokenizers
@@ -60,12 +61,37 @@ class Speaker:
             raise UserError("the prompt is empty")
         return ids
 
+    def stream(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: SamplingConfig,
+        key: jax.Array,
+        **options: Any,
+    ) -> Iterator[list[generate.Generation]]:
+        """`lm.generate.stream` of this model, with its options."""
+        return generate.stream(
+            self.model,
+            self.params,
+            prompts,
+            sampling,
+            self.stop_ids,
+            key,
+            valid_vocab=self.valid_vocab,
+            **options,
+        )
+
 
 def load_workdir(
     path: pathlib.Path, *, template: str | None = None, dtype: str | None = None
 ) -> Speaker:
     """The newest checkpoint of a run. Raises UserError."""
-    resolved, params = setup.load_workdir(path)
+    return of_run(*setup.load_workdir(path), template=template, dtype=dtype)
+
+
+def of_run(
+    resolved: setup.Setup, params: Params, *, template: str | None = None, dtype: str | None = None
+) -> Speaker:
+    """The model of a run, from its setup and parameters. Raises UserError."""
     model = resolved.model if dtype is None else dataclasses.replace(resolved.model, dtype=dtype)
     tokenizer = resolved.tokenizer
     return Speaker(

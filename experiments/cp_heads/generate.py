@@ -21,7 +21,6 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from lm import generate
 from lm.config import SamplingConfig
 from lm.cp_heads import speaking
 from ops.dispatch import IMPLEMENTATIONS
@@ -58,16 +57,7 @@ def main() -> dict[str, Any]:
         return loaded.stream(prompts, sampling, key, chains=CHAINS.value, **options)
 
     def plain():
-        return generate.stream(
-            speaker.model,
-            speaker.params,
-            prompts,
-            sampling,
-            speaker.stop_ids,
-            key,
-            valid_vocab=speaker.valid_vocab,
-            **options,
-        )
+        return speaker.stream(prompts, sampling, key, **options)
 
     ((with_head,), statistics), seconds = _timed(drafted)
     (without,), seconds_without = _timed(plain)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from lm import generate, prompting, setup
+from lm import prompting, setup
 from lm.config import SamplingConfig
 from lm.cp_heads import attach, checkpoints, decode
 from lm.cp_heads.decode import Statistics
@@ -16,7 +16,6 @@ from lm.cp_heads.drafters import Heads, Target
 from lm.cp_heads.head import HeadConfig, HeadParams
 from lm.errors import UserError
 from lm.generate import Generation
-from lm.text import chat
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,15 +69,7 @@ def load(path: pathlib.Path, *, template: str | None = None, dtype: str | None =
     resolved, params, made = checkpoints.load_run(path)
     if made is None:
         raise UserError(f"{path} has no CP head: train one on it (loss.mode=heads, init_from)")
-    model = resolved.model if dtype is None else dataclasses.replace(resolved.model, dtype=dtype)
-    tokenizer = resolved.tokenizer
-    speaker = prompting.Speaker(
-        model=model,
-        params=generate.prepare(model, params),
-        tokenizer=tokenizer,
-        template=chat.load_template(template, tokenizer) if template else resolved.template,
-        stop_ids=tokenizer.stop_ids,
-        valid_vocab=resolved.valid_vocab,
-        bos=tokenizer.bos or "",
-    )
+    speaker = prompting.of_run(resolved, params, template=template, dtype=dtype)
+    # documents, which the head was trained on, open with it
+    speaker = dataclasses.replace(speaker, bos=resolved.tokenizer.bos or "")
     return Drafting(speaker, resolved.config.head, made)
