@@ -102,9 +102,11 @@ def require() -> None:
 
 @contextlib.contextmanager
 def target(chip: str) -> Iterator[None]:
-    """Implementations, and their block sizes, are chosen as on `chip`."""
+    """Implementations, and their block sizes, are chosen as on `chip`, and every compilation, of
+    whichever compiler, finds the same assembler: XLA remembers for the whole process the version
+    of PTX that the first one took."""
     capability = triton_call.target_capability(CHIPS[chip].capability)
-    with dispatch.target_platform("gpu"), capability:
+    with dispatch.target_platform("gpu"), capability, _assembler_on_path():
         yield
 
 
@@ -129,8 +131,8 @@ def abstract(chip: str, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStr
 
 
 def compile(function: Any, *arguments: Any) -> Program:
-    """Lowers and compiles a jitted function for arguments made by `abstract`."""
-    with _assembler_on_path(), _mosaic_reports() as report:
+    """Lowers and compiles, within `target`, a jitted function for arguments made by `abstract`."""
+    with _mosaic_reports() as report:
         lowered = function.lower(*arguments)
         compiled = lowered.compile()
         mosaic = _parse_ptxas(report.read_text())
