@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The config of a long-context run: what every run has, and the tasks that it is trained on."""
+
+import dataclasses
+
+from lm.config import Config, require_positive
+from lm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """Which retrieval tasks a model learns, how long, and what it is asked afterwards.
+
+    Documents are made on the fly from `data.seed`, each of a length drawn between `min_length` and
+    a bound that grows to `max_length` over the first `growth` documents: copying from afar is
+    learnt first where it is near.
+    """
+
+    names: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "passkey", "kv_retrieval")
+    min_length: int = 128  # tokens of a training document, its questions and answers included
+    max_length: int = 512  # at most data.seq_len
+    growth: int = 0  # documents; 0: every length from the start
+    questions: int = 8  # at most so many about one haystack, each unseen by the others
+    text_weight: float = 0.05  # of a token that is no answer, where an answer's token counts 1
+    haystack: str = ""  # a text file: the essay that some tasks hide their needles in
+    eval_lengths: tuple[int, ...] = (512,)  # tokens, those to generate included
+    eval_samples: int = 50  # per task and length
+
+    def __post_init__(self):
+        if not self.names:
+            raise UserError("tasks.names is empty")
+        require_positive("tasks.min_length", self.min_length)
+        if self.max_length < self.min_length:
+            raise UserError(
+                f"tasks.max_length={self.max_length} is below tasks.min_length={self.min_length}"
+            )
+        if self.growth < 0:
+            raise UserError(f"tasks.growth={self.growth} must not be negative")
+        require_positive("tasks.questions", self.questions)
+        if not 0 <= self.text_weight <= 1:
+            raise UserError(f"tasks.text_weight={self.text_weight} must be in [0, 1]")
+        for length in self.eval_lengths:
+            require_positive("tasks.eval_lengths", length)
+        require_positive("tasks.eval_samples", self.eval_samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongContextConfig(Config):
+    """Everything a run on long-context tasks needs; `data.source` is "tasks"."""
+
+    tasks: TasksConfig = TasksConfig()
