@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from lm import layers
+from lm.config import ModelConfig
 from lm.sharding import Sharding
 from ops.cached_attention import cached_attention
 from ops.masked_attention import masked_attention
@@ -25,6 +27,10 @@ class Context(Protocol):
     @property
     def state(self) -> Any:
         """A pytree carried through the layers: a cache, or ()."""
+
+    def rope(self, config: ModelConfig, positions: jax.Array) -> layers.RopeTable | None:
+        """What `layers.apply_rope` turns queries and keys by before `attend`; None: nothing, since
+        the context does it."""
 
     def attend(
         self,
@@ -47,10 +53,14 @@ def _static(default: Any = None) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-class _Sharded:
-    """What all contexts share: activations are split over the batch."""
+class Sharded:
+    """What all contexts share: activations are split over the batch, queries and keys turned by
+    their positions."""
 
     sharding: Sharding | None
+
+    def rope(self, config: ModelConfig, positions: jax.Array) -> layers.RopeTable | None:
+        return layers.rope_table(config, positions)
 
     def constrain(self, x: jax.Array) -> jax.Array:
         if self.sharding is None:
@@ -60,7 +70,7 @@ class _Sharded:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Training(_Sharded):
+class Training(Sharded):
     """A whole sequence at once under a `Visibility`; nothing is kept."""
 
     visibility: Visibility
@@ -125,7 +135,7 @@ class Cache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefill(_Sharded):
+class Prefill(Sharded):
     """Prompts into an empty cache. Rows are ragged: row b has `lengths[b]` tokens, then padding.
 
     Padding rows compute garbage that nobody reads: keys beyond a prompt lie to the right of its
@@ -158,7 +168,7 @@ class Prefill(_Sharded):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Decode(_Sharded):
+class Decode(Sharded):
     """T new tokens a sequence, appended to the cache at `cache.lengths` and attending to all before
     them."""
 

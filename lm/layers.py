@@ -11,6 +11,8 @@ from flax import nnx
 
 from lm.config import LoraConfig, ModelConfig, RopeScaling
 
+RopeTable = tuple[jax.Array, jax.Array]  # cos and sin, [B, T, 1, H/2] each
+
 
 class Linear(nnx.Module):
     """y = x W (+ b) (+ (alpha / rank) x A B), contracting the last `len(inputs)` axes of x."""
@@ -128,15 +130,18 @@ def _yarn_frequencies(
     return stretched, factor
 
 
-def rope_table(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_table(config: ModelConfig, positions: jax.Array) -> RopeTable:
     """cos and sin, each [B, T, 1, H/2] float32, for positions [B, T] int32."""
     frequencies, factor = rope_frequencies(config)
     angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return jnp.cos(angles)[:, :, None] * factor, jnp.sin(angles)[:, :, None] * factor
 
 
-def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the two halves of the head dim of x [B, T, N, H] against each other."""
+def apply_rope(x: jax.Array, table: RopeTable | None) -> jax.Array:
+    """Rotates the two halves of the head dim of x [B, T, N, H] against each other; None leaves
+    x."""
+    if table is None:
+        return x
     cos, sin = table
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

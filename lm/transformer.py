@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
             if config.scale_embeddings:
                 x = x * jnp.sqrt(jnp.asarray(config.embed_dim, x.dtype))
             x = context.constrain(x)
-        rope = layers.rope_table(config, positions)
+        rope = context.rope(config, positions)
         graphdef, stack = nnx.split(self.layers)
 
         def body(carry, xs):

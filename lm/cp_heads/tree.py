@@ -25,7 +25,7 @@ State = tuple[jax.Array, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TreeDecode:
+class TreeDecode(contexts.Sharded):
     """New tokens as a tree after `cache.lengths` tokens; the state holds their keys and values."""
 
     cache: contexts.Cache
@@ -64,9 +64,6 @@ class TreeDecode:
         ends = 1 + self.length * jnp.arange(1, self.chains + 1, dtype=jnp.int32)
         until = jnp.append(jnp.full(1, total, jnp.int32), jnp.repeat(ends, self.length))
         return Visibility(jnp.broadcast_to(until[None], (self.cache.k.shape[1], total)))
-
-    def constrain(self, x: jax.Array) -> jax.Array:
-        return x if self.sharding is None else self.sharding.constrain(x, "batch", None, None)
 
     def with_state(self, state: State) -> Self:
         return dataclasses.replace(self, state=state)
