@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from lm.data.layout import EDGE_FIELDS, ROW_FIELDS, Layout
+from lm.data.layout import EDGE_FIELDS, HIDDEN_FIELDS, ROW_FIELDS, Layout
 
 Row = dict[str, np.ndarray]
 
@@ -27,6 +27,7 @@ _DTYPES = {
     "edge_weights": np.float32,
     "edge_turn_weights": np.float32,
 }
+_HIDDEN_DTYPES = dict.fromkeys(HIDDEN_FIELDS, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,14 @@ def pack(layouts: Sequence[Layout], seq_len: int) -> list[Row]:
       Rows, each a dict of [S] arrays: the fields of `lm.data.layout` with `until` and `edge_rows`
       counted from the start of the row. `until` never passes the end of its own layout, whatever
       the layout says, so neighbours in a row cannot see each other. Padding as documented there.
+      Rows have hidden runs when the layouts do.
 
     Raises:
-      ValueError: a layout does not fit a row.
+      ValueError: a layout does not fit a row, or only some of the layouts have hidden runs.
     """
+    hidden = {layout.hidden_from is not None for layout in layouts}
+    if len(hidden) > 1:
+        raise ValueError("layouts with hidden runs and layouts without them cannot share rows")
     sizes = [max(len(layout.tokens), len(layout.edge_rows)) for layout in layouts]
     return [
         _row([layouts[index] for index in members], seq_len) for members in assign(sizes, seq_len)
@@ -92,17 +97,19 @@ def pack(layouts: Sequence[Layout], seq_len: int) -> list[Row]:
 
 
 def _row(members: Sequence[Layout], seq_len: int) -> Row:
-    row = {name: np.zeros(seq_len, dtype) for name, dtype in _DTYPES.items()}
-    row["edge_targets"].fill(-1)
+    hidden = HIDDEN_FIELDS if members[0].hidden_from is not None else ()
+    row = empty_row(seq_len, bool(hidden))
     lengths = np.array([len(layout.tokens) for layout in members])
     edges = np.array([len(layout.edge_rows) for layout in members])
     num_tokens, num_edges = int(lengths.sum()), int(edges.sum())
-    for fields, end in ((ROW_FIELDS, num_tokens), (EDGE_FIELDS, num_edges)):
+    for fields, end in (((*ROW_FIELDS, *hidden), num_tokens), (EDGE_FIELDS, num_edges)):
         for name in fields:
             parts = [getattr(layout, name) for layout in members]
             np.concatenate(parts, out=row[name][:end], casting="same_kind")
     ends = np.cumsum(lengths, dtype=np.int32)
     starts = ends - lengths.astype(np.int32)
+    for name in hidden:
+        row[name][:num_tokens] += np.repeat(starts, lengths)
     until = row["until"][:num_tokens]
     until += np.repeat(starts, lengths)
     np.minimum(until, np.repeat(ends, lengths), out=until)
@@ -111,13 +118,19 @@ def _row(members: Sequence[Layout], seq_len: int) -> Row:
 
 
 def stack(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Rows of [S] to a batch of [B, S]."""
-    return {name: np.stack([row[name] for row in rows]) for name in _DTYPES}
+    """Rows of [S] to a batch of [B, S]; ValueError when only some have hidden runs."""
+    if any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("rows with hidden runs and rows without them cannot share a batch")
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def empty_row(seq_len: int) -> Row:
-    """A row of padding only, for a process whose data ran out before the others'."""
-    row = {name: np.zeros(seq_len, dtype) for name, dtype in _DTYPES.items()}
+def empty_row(seq_len: int, hidden: bool = False) -> Row:
+    """A row of padding only, for a process whose data ran out before the others'.
+
+    hidden: with hidden runs, like the rows beside it.
+    """
+    dtypes = _DTYPES | (_HIDDEN_DTYPES if hidden else {})
+    row = {name: np.zeros(seq_len, dtype) for name, dtype in dtypes.items()}
     row["edge_targets"].fill(-1)
     return row
 
@@ -126,7 +139,8 @@ def batches(dataset: grain.IterDataset, batch_size: int, seq_len: int) -> grain.
     """Rows to [B, S] batches; a last one that is not full is completed with rows of padding."""
 
     def stacked(group: Sequence[Row]) -> dict[str, np.ndarray]:
-        return stack([*group, *[empty_row(seq_len)] * (batch_size - len(group))])
+        padding = empty_row(seq_len, HIDDEN_FIELDS[0] in group[0])
+        return stack([*group, *[padding] * (batch_size - len(group))])
 
     return dataset.batch(batch_size, drop_remainder=False, batch_fn=stacked)
 

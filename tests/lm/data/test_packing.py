@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 from collections import Counter
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data import packing
-from lm.data.layout import EDGE_FIELDS, ROW_FIELDS, Layout
+from lm.data.layout import EDGE_FIELDS, HIDDEN_FIELDS, ROW_FIELDS, Layout
 
 SEQ_LEN = 24
 
@@ -247,3 +248,54 @@ def test_groups_without_layouts_give_no_rows_but_count():
 def test_bad_sizes(seq_len, window):
     with pytest.raises(ValueError, match="must be positive"):
         packing.PackedRows(grain.MapDataset.range(3), seq_len, window)
+
+
+def threaded(rng, length):
+    """A layout whose keys have any hidden run, some of them empty."""
+    starts = rng.integers(0, length, length).astype(np.int32)
+    runs = rng.integers(-2, length, length).astype(np.int32)
+    one = layout(rng, length)
+    return dataclasses.replace(
+        one,
+        until=np.minimum(one.until, length),
+        hidden_from=starts,
+        hidden_until=np.minimum(starts + runs, length),
+    )
+
+
+def seen_pairs(vectors, length):
+    keys, rows = np.arange(length), np.arange(length)[:, None]
+    seen = (keys <= rows) & (rows < vectors["until"])
+    return seen & ~((vectors["hidden_from"] <= rows) & (rows < vectors["hidden_until"]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_hidden_runs_move_with_their_layout(seed):
+    rng = np.random.default_rng(seed)
+    pieces = [threaded(rng, int(rng.integers(1, 12))) for _ in range(6)]
+    rows = packing.pack(pieces, SEQ_LEN)
+    assigned = packing.assign([max(p.length, p.num_edges) for p in pieces], SEQ_LEN)
+    for row, members in zip(rows, assigned, strict=True):
+        expected, start = np.zeros((SEQ_LEN, SEQ_LEN), bool), 0
+        for piece in (pieces[index] for index in members):
+            own = seen_pairs(vars(piece), piece.length)
+            assert piece.pairs == own.sum()
+            expected[start : start + piece.length, start : start + piece.length] = own
+            start += piece.length
+        got = seen_pairs(row, SEQ_LEN)
+        assert (got == expected).all()
+
+
+def test_hidden_runs_are_in_all_rows_of_a_batch_or_in_none():
+    rng = np.random.default_rng(0)
+    groups = [packing.Group([threaded(rng, 20)]) for _ in range(3)]
+    dataset = packing.PackedRows(grain.MapDataset.source(groups), SEQ_LEN, window=2)
+    *_, last = packing.batches(dataset, 2, SEQ_LEN)
+    assert last["hidden_from"].shape == (2, SEQ_LEN)
+    assert not last["hidden_until"][1].any()
+    plain = layout(rng, 3)
+    assert not set(HIDDEN_FIELDS) & packing.pack([plain], SEQ_LEN)[0].keys()
+    with pytest.raises(ValueError, match="cannot share rows"):
+        packing.pack([plain, threaded(rng, 3)], SEQ_LEN)
+    with pytest.raises(ValueError, match="cannot share a batch"):
+        packing.stack([packing.empty_row(SEQ_LEN), packing.empty_row(SEQ_LEN, hidden=True)])
