@@ -61,11 +61,11 @@ def stream(
     """
     check_essay(task, essay)
     source = _Source(task, Request(length, _counter(tokenizer), essay=essay), seed)
-    size = source.largest("probe", 0, source.floor)
+    size, _ = source.largest("probe", 0, source.floor)
     for index in range(count):
         sample = source.sample(index, index, size)
         if sample.length > length or task.search_each:
-            sample = source.sample(index, index, source.largest(index, index, size))
+            _, sample = source.largest(index, index, size)
         if sample.length > length:
             raise UserError(
                 f"{task.name}: a length of {length} tokens is too short; with this tokenizer "
@@ -142,39 +142,36 @@ class _Source:
         text = document.context + question.text
         return Sample(index, text, question.outputs, length, question.prefix)
 
-    def largest(self, name: int | str, index: int, start: int) -> int:
-        """The size that fits while the next does not, sought from `start`; `floor` if none does."""
+    def largest(self, name: int | str, index: int, start: int) -> tuple[int, Sample]:
+        """The size that fits while the next does not, sought near `start`, and its sample; the
+        smallest form if none fits."""
+        made: dict[int, Sample] = {}
+        limit, floor = self._request.length, self.floor
 
-        def fits(size: int) -> bool:
-            return self.sample(name, index, size).length <= self._request.length
+        def length(size: int) -> int:
+            if size not in made:
+                made[size] = self.sample(name, index, size)
+            return made[size].length
 
-        start = max(start, self.floor)
-        if start == self.floor:
-            start = self._guess(name, index)
-        leap = 1
-        if fits(start):
-            low = start
-            while fits(low + leap):
-                low, leap = low + leap, 2 * leap
-            high = low + leap
-        else:
-            high, low = start, max(start - leap, self.floor)
-            while low > self.floor and not fits(low):
-                high, leap = low, 2 * leap
-                low = max(high - leap, self.floor)
+        # the length is nearly linear in the size: a few straight lines lead to the last units
+        size = max(start, floor + 8)
+        for _ in range(4):
+            each = max((length(size) - length(floor)) / (size - floor), 1e-3)
+            step = int((limit - length(size)) / each)
+            if not step:
+                break
+            size = max(size + step, floor + 1)
+        low, high, leap = size, size + 1, 1
+        while low > floor and length(low) > limit:
+            low, high, leap = max(low - leap, floor), low, 2 * leap
+        if low == size:
+            while length(high) <= limit:
+                low, high, leap = high, high + leap, 2 * leap
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
-
-    def _guess(self, name: int | str, index: int) -> int:
-        """By the tokens of a unit, as two small sizes tell them; repeated at the size found."""
-        size, short = self.floor + 8, self.sample(name, index, self.floor).length
-        for _ in range(2):
-            long = self.sample(name, index, size).length
-            each = max((long - short) / (size - self.floor), 1e-3)
-            size = self.floor + max(int((self._request.length - short) / each), 1)
-        return size
+            low, high = (middle, high) if length(middle) <= limit else (low, middle)
+        length(low)
+        return low, made[low]
 
     def minimum(self, count: int) -> int:
         """The least length that all of `count` samples fit into: some rules depend on it."""
