@@ -1,0 +1,427 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generation under a policy: chunked prefill, then one jitted `lax.while_loop`, whatever the
+method.
+
+    for piece, statistics in decode.stream(
+        model, params, prompts, sampling, TokenSelect(select_config), stop_ids, key
+    ):
+        ...
+
+What is read at a step is the business of a `Policy` (`lm.token_select.policy` says how to write
+one): `TokenSelect` of `method`, `policy.Dense`, a baseline. The loop owns the rest: the cache,
+ragged batches, draws as in `lm.generate` (the dense policy gives its tokens), stop tokens,
+streaming, the guard. `prefill`, `advance` and `step_logits` are the compiled pieces for those who
+measure or explain; `request` makes their arguments.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import generate, sampling, transformer
+from lm.config import ModelConfig, SamplingConfig
+from lm.errors import UserError
+from lm.generate import Generation, Timing
+from lm.long_context import cache, chunks
+from lm.long_context.cache import Cache
+from lm.sharding import Sharding
+from lm.token_select import guard as guards
+from lm.token_select.context import Held, Selecting
+from lm.token_select.guard import Report
+from lm.token_select.policy import Dense, Policy, State
+
+Params = transformer.Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """All that is static in the compiled functions."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    policy: Policy
+    capacity: int = 0
+    sharding: Sharding | None = None
+    implementation: str | None = None
+    valid_vocab: int | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoopState:
+    """The loop's state. Draw number `step` of a sequence goes into column `step` of `tokens`."""
+
+    cache: Cache
+    policy: State
+    reads: jax.Array  # [L, B] float32: tokens read, summed over decode steps
+    guard: Report | None
+    keys: jax.Array  # [B] one key per sequence
+    last: jax.Array  # [B] int32, drawn but not yet in the cache
+    tokens: jax.Array  # [B, max_new_tokens] int32
+    log_probs: jax.Array  # [B, max_new_tokens] float32
+    counts: jax.Array  # [B] int32, tokens before the stop token
+    stopped: jax.Array  # [B] bool
+    done: jax.Array  # [B] bool, stopped or not a sequence at all
+    step: jax.Array  # [] int32, draws made
+    steps: jax.Array  # [B] int32, decode steps that were a sequence's own
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a call read, per sequence; on the host."""
+
+    reads: np.ndarray  # [L, B] float32: tokens read, summed over decode steps
+    steps: np.ndarray  # [B] int32: decode steps
+    policy: dict[str, np.ndarray]  # [L, B, ...] each: `Policy.statistics`
+    guard: dict[str, np.ndarray]  # [B] each: `guard.Report`; empty without a guard
+
+    def summary(self, policy: Policy) -> dict[str, Any]:
+        """`tokens_read` (mean per step and layer, None without a step), what the policy and the
+        guard have to say."""
+        steps = int(self.steps.sum())
+        reads = float(self.reads.sum()) / (steps * len(self.reads)) if steps else None
+        found = {"tokens_read": reads, **policy.summarize(self.policy)}
+        if self.guard:
+            checks = int(self.guard["checks"].sum())
+            wrong = int(self.guard["disagreements"].sum())
+            found["guard"] = {
+                "checks": checks,
+                "disagreements": wrong,
+                "kl": float(self.guard["kl"].sum()) / checks if checks else None,
+                "dense_steps": int(self.guard["dense_steps"].sum()),
+            }
+        return found
+
+
+def decode(
+    model: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    sampling: SamplingConfig,
+    policy: Policy,
+    stop_ids: Sequence[int],
+    key: jax.Array,
+    **options: Any,
+) -> tuple[list[Generation], Statistics]:
+    """`stream` in one piece, with its options."""
+    options = {**options, "chunk": sampling.max_new_tokens}
+    (whole,) = stream(model, params, prompts, sampling, policy, stop_ids, key, **options)
+    return whole
+
+
+def stream(
+    model: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],  # int32 [n] each
+    sampling: SamplingConfig,
+    policy: Policy,
+    stop_ids: Sequence[int],
+    key: jax.Array,
+    *,
+    sharding: Sharding | None = None,
+    implementation: str | None = None,
+    valid_vocab: int | None = None,
+    capacity: int | None = None,
+    indices: Sequence[int] | None = None,
+    chunk: int = 16,
+) -> Iterator[tuple[list[Generation], Statistics]]:
+    """Continues every prompt until a stop token or `sampling.max_new_tokens`, in pieces of `chunk`
+    tokens a sequence, with the statistics so far.
+
+    Args:
+      params: cast to the compute dtype here; a caller of many batches casts once
+        (`lm.generate.prepare`).
+      policy: which slots a step reads.
+      stop_ids: end a sequence; the token that did is not part of it.
+      key: sequence i draws from `fold_in(key, indices[i])`, whatever the rest of the batch is.
+      capacity: the context that is asked for, in tokens, those to generate included; None takes
+        what the longest prompt needs.
+      indices: by default the position in `prompts`.
+
+    Raises:
+      UserError: no prompts, an empty one, one that does not fit into the capacity, or a policy that
+        does not fit the model, the mesh or the capacity.
+      ops.dispatch.Unsupported: the named implementation cannot serve.
+    """
+    if chunk < 1:
+        raise UserError(f"chunk={chunk} must be at least 1")
+    program = Program(model, sampling, policy, 0, sharding, implementation, valid_vocab)
+    program, arguments = request(program, prompts, stop_ids, key, capacity, indices)
+    params = generate.prepare(model, params)
+    state = prefill(program, params, *arguments)
+    seen = np.zeros(len(prompts), np.int32)
+    for limit in range(chunk, sampling.max_new_tokens + chunk, chunk):
+        limit = min(limit, sampling.max_new_tokens)
+        state = advance(program, params, state, arguments[-2], limit)
+        piece, seen, finished = generate.collect(state, seen)
+        yield piece, statistics(program, state, len(prompts))
+        if finished:
+            return
+
+
+def measure(
+    program: Program,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    key: jax.Array,
+    capacity: int | None = None,
+) -> Timing:
+    """Times one batch, step by step, after a run that compiles. No token stops it."""
+    program, arguments = request(program, prompts, (), key, capacity, None)
+    params = generate.prepare(program.model, params)
+    new = program.sampling.max_new_tokens
+    state = prefill(program, params, *arguments)
+    jax.block_until_ready(advance(program, params, state, arguments[-2], min(2, new)))
+    start = time.perf_counter()
+    state = jax.block_until_ready(prefill(program, params, *arguments))
+    first, steps = time.perf_counter() - start, []
+    for limit in range(2, new + 1):
+        start = time.perf_counter()
+        state = jax.block_until_ready(advance(program, params, state, arguments[-2], limit))
+        steps.append(time.perf_counter() - start)
+    return Timing(first, np.array(steps))
+
+
+def request(
+    program: Program,
+    prompts: Sequence[np.ndarray],
+    stop_ids: Sequence[int],
+    key: jax.Array,
+    capacity: int | None = None,
+    indices: Sequence[int] | None = None,
+) -> tuple[Program, tuple[Any, ...]]:
+    """The program with its capacity, and the padded arguments of `prefill`, of which the one before
+    the last are the stop tokens. Raises UserError as `stream` does."""
+    program.policy.check(program.model, program.sharding, capacity)
+    lengths = generate.prompt_lengths(prompts)
+    new, chunk = program.sampling.max_new_tokens, program.policy.chunk
+    size, slots = chunks.room(lengths, new, chunk, capacity)
+    padded = generate.pad(prompts, indices, size, program.sharding)
+    program = dataclasses.replace(program, capacity=slots)
+    return program, (*padded, generate.pad_stops(stop_ids), key)
+
+
+def statistics(program: Program, state: LoopState, count: int) -> Statistics:
+    """Of the first `count` sequences."""
+    found = program.policy.statistics(state.policy)
+    report = {} if state.guard is None else dataclasses.asdict(state.guard)
+    reads, steps, found, report = jax.device_get((state.reads, state.steps, found, report))
+    return Statistics(
+        reads[:, :count],
+        steps[:count],
+        {name: x[:, :count] for name, x in found.items()},
+        {name: x[:count] for name, x in report.items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(
+    program: Program,
+    params: Params,
+    tokens: jax.Array,  # [B, P] int32, padded on the right
+    lengths: jax.Array,  # [B] int32; 0: no sequence, only padding of the batch
+    indices: jax.Array,  # [B] int32
+    stop_ids: jax.Array,  # [stops] int32
+    key: jax.Array,  # []
+) -> LoopState:
+    """Fills the cache and draws the first token of every sequence."""
+    B, new = tokens.shape[0], program.sampling.max_new_tokens
+    states, held = prefill_states(program, params, tokens, lengths)
+    state = LoopState(
+        cache=Cache(held.buffers, lengths, program.policy.rope),
+        policy=held.policy,
+        reads=held.reads,
+        guard=None if program.policy.guard is None else Report.empty(B),
+        keys=jax.vmap(lambda index: jax.random.fold_in(key, index))(indices),
+        last=jnp.zeros(B, jnp.int32),
+        tokens=jnp.zeros((B, new), jnp.int32),
+        log_probs=jnp.zeros((B, new), jnp.float32),
+        counts=jnp.zeros(B, jnp.int32),
+        stopped=jnp.zeros(B, bool),
+        done=lengths == 0,
+        step=jnp.zeros((), jnp.int32),
+        steps=jnp.zeros(B, jnp.int32),
+    )
+    return _drawn(program, state, transformer.logits(program.model, params, states), stop_ids)
+
+
+def prefill_states(
+    program: Program,
+    params: Params,
+    tokens: jax.Array,  # [B, P] int32
+    lengths: jax.Array,  # [B] int32
+) -> tuple[jax.Array, Held]:
+    """Final-norm states [B, D] of the last token of every prompt, and the filled cache."""
+
+    def context(held: Held, start: jax.Array, rows: jax.Array) -> Selecting:
+        return _context(program, held, start, rows, prefill=True)
+
+    held = empty(program, tokens.shape[0])
+    chunk = program.policy.chunk
+    return chunks.prefill(program.model, params, tokens, lengths, held, context, chunk=chunk)
+
+
+def empty(program: Program, batch: int) -> Held:
+    """Before the first chunk."""
+    policy, sharding, L = program.policy, program.sharding, program.model.num_layers
+    made = Cache.empty(
+        program.model,
+        batch,
+        program.capacity,
+        rope=policy.rope,
+        shadow=policy.shadow,
+        sharding=sharding,
+    )
+    held = Held(
+        made.buffers,
+        policy.start(program.model, batch, program.capacity),
+        jnp.zeros((L, batch), jnp.float32),
+    )
+    return _placed(program, held)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def advance(
+    program: Program, params: Params, state: LoopState, stop_ids: jax.Array, limit: jax.Array
+) -> LoopState:
+    """Goes on until `limit` draws have been made or every sequence is done."""
+
+    def unfinished(state: LoopState) -> jax.Array:
+        return (state.step < limit) & ~jnp.all(state.done)
+
+    def step(state: LoopState) -> LoopState:
+        active = ~state.done
+        held = Held(state.cache.buffers, state.policy, state.reads)
+        starts = state.cache.lengths
+        logits, held = step_logits(program, params, state.last, held, starts, active)
+        report = state.guard
+        if program.policy.guard is not None:
+            logits, buffers, report = guards.guarded(
+                program.policy.guard,
+                report,
+                logits,
+                held.buffers,
+                starts,
+                lambda buffers: _dense_step(program, params, state.last, buffers, starts, active),
+                step=state.step,
+                active=active,
+            )
+            held = held._replace(buffers=buffers)
+        state = dataclasses.replace(
+            state,
+            cache=dataclasses.replace(
+                state.cache, buffers=held.buffers, lengths=starts + active.astype(jnp.int32)
+            ),
+            policy=held.policy,
+            reads=held.reads,
+            guard=report,
+            steps=state.steps + active,
+        )
+        return _drawn(program, state, logits, stop_ids)
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def step_logits(
+    program: Program,
+    params: Params,
+    tokens: jax.Array,  # [B] int32
+    held: Held,
+    starts: jax.Array,  # [B] int32: tokens before this one
+    active: jax.Array,  # [B] bool
+    drop: jax.Array | None = None,  # [B, 2] int32
+) -> tuple[jax.Array, Held]:
+    """Logits [B, V] float32 after one more token of every sequence, and the cache with it.
+
+    drop: slots from .. to that nobody reads in this step, though they were picked; the others keep
+    their positions.
+    """
+    context = _context(program, held, starts, active.astype(jnp.int32), drop=drop)
+    states, context = transformer.hidden(
+        program.model, params, tokens[:, None], starts[:, None], context
+    )
+    return transformer.logits(program.model, params, states[:, 0]), context.state
+
+
+def _dense_step(program, params, tokens, buffers, starts, active):
+    """Logits and buffers of the same step, everything read."""
+    dense = dataclasses.replace(program, policy=Dense(rope=program.policy.rope))
+    nothing = jnp.zeros((program.model.num_layers, len(starts)), jnp.float32)
+    logits, held = step_logits(dense, params, tokens, Held(buffers, {}, nothing), starts, active)
+    return logits, held.buffers
+
+
+def _context(program: Program, held: Held, starts, rows, *, prefill=False, drop=None) -> Selecting:
+    return Selecting(
+        held,
+        starts,
+        rows,
+        program.model,
+        program.policy,
+        prefill,
+        program.sharding,
+        program.implementation,
+        drop,
+    )
+
+
+def _drawn(program: Program, state: LoopState, logits: jax.Array, stop_ids: jax.Array) -> LoopState:
+    """Draws a token for every sequence that is not done and files it."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+    token = sampling.sample(logits, program.sampling, keys, program.valid_vocab)
+    plain = jax.nn.log_softmax(sampling.masked_logits(logits, program.valid_vocab), axis=-1)
+    log_prob = jnp.take_along_axis(plain, token[:, None], axis=1)  # [B, 1]
+    stop = jnp.any(token[:, None] == stop_ids[None, :], axis=1) & ~state.done
+    keep = ~state.done & ~stop
+    column = (0, state.step)
+    new = dataclasses.replace(
+        state,
+        last=jnp.where(keep, token, state.last),
+        tokens=jax.lax.dynamic_update_slice(
+            state.tokens, jnp.where(keep, token, 0)[:, None], column
+        ),
+        log_probs=jax.lax.dynamic_update_slice(
+            state.log_probs, jnp.where(keep[:, None], log_prob, 0.0), column
+        ),
+        counts=state.counts + keep,
+        stopped=state.stopped | stop,
+        done=state.done | stop,
+        step=state.step + 1,
+    )
+    return new if program.sharding is None else _whole(program, new)
+
+
+def _whole(program: Program, state: LoopState) -> LoopState:
+    """The cache split over sequences and heads; what the host reads whole everywhere."""
+    sharding = program.sharding
+    held = _placed(program, Held(state.cache.buffers, state.policy, state.reads))
+    names = ("tokens", "log_probs", "counts", "stopped", "done", "steps")
+    whole = {
+        name: sharding.constrain(getattr(state, name), *[None] * getattr(state, name).ndim)
+        for name in names
+    }
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, buffers=held.buffers),
+        policy=held.policy,
+        reads=held.reads,
+        **whole,
+    )
+
+
+def _placed(program: Program, held: Held) -> Held:
+    sharding = program.sharding
+    if sharding is None:
+        return held
+    dims = program.policy.dims()
+    return Held(
+        cache.placed(held.buffers, sharding),
+        {name: sharding.constrain(x, None, *dims[name]) for name, x in held.policy.items()},
+        sharding.constrain(held.reads, None, "batch"),
+    )
