@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a program means, said with sets: the judge of layouts.
+
+Threads are run one token after another, each with the set of tokens that it remembers. Nothing here
+knows of rows, runs or arrays: a token is (thread, index), thread 0 being the prompt and main.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lm.async_decoding.programs import EncodedProgram
+
+Name = tuple[int, int]  # (thread, index in it)
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+    """A token: what it is, where it stands, what it sees (itself included), what it predicts."""
+
+    token: int
+    position: int
+    sees: frozenset[Name]
+    label: int | None
+
+
+def simulate(program: EncodedProgram, scheme: str) -> dict[Name, Simulated]:
+    """Runs the threads of a program under a scheme of positions."""
+    main = [*program.prompt.tolist(), *program.main.tolist()]
+    offset = len(program.prompt)
+    promises = {offset + int(at): k for k, at in enumerate(program.forks)}
+    barriers = {offset + int(at) for at in program.syncs}
+    out: dict[Name, Simulated] = {}
+    remembered: set[Name] = set()
+    waiting: list[int] = []
+    finish: dict[int, int] = {}  # block -> the position of its last token
+    place, jump = -1, 0  # of the last main token, and what a promise before this one adds
+    for index, token in enumerate(main):
+        if index in barriers:
+            join = place
+            if scheme == "fork_join_max":
+                join = max([place, *(finish[k] for k in waiting)])
+            elif scheme == "fork_join_sum":
+                join = place + sum(_length(program, k) for k in waiting)
+            place = join
+            for k in waiting:
+                remembered |= {(k + 1, j) for j in range(_length(program, k))}
+            waiting = []
+        place += 1 + jump
+        jump = 0
+        remembered.add((0, index))
+        predicts = main[index + 1] if offset - 1 <= index < len(main) - 1 else None
+        out[0, index] = Simulated(token, place, frozenset(remembered), predicts)
+        if index in promises:
+            k = promises[index]
+            finish[k] = _run_block(program, k, place, remembered, out)
+            waiting.append(k)
+            if scheme == "predicted":
+                jump = int(program.tokens[k]) + len(program.openings[k]) + 1
+            elif scheme == "oracle":
+                jump = _length(program, k)
+    return out
+
+
+def _length(program: EncodedProgram, k: int) -> int:
+    return len(program.openings[k]) + len(program.blocks[k]) + 1
+
+
+def _run_block(
+    program: EncodedProgram, k: int, promised: int, before: set[Name], out: dict[Name, Simulated]
+) -> int:
+    """Runs a block that forks at position `promised`; returns the position of its last token."""
+    memory = set(before)
+    block = [*program.openings[k].tolist(), *program.blocks[k].tolist(), program.close]
+    for index, token in enumerate(block):
+        memory.add((k + 1, index))
+        forced = index < len(program.openings[k]) - 1  # what it leads to is put there
+        last = index == len(block) - 1
+        label = None if forced or last else block[index + 1]
+        out[k + 1, index] = Simulated(token, promised + 1 + index, frozenset(memory), label)
+    return promised + len(block)
+
+
+def random_program(
+    rng: np.random.Generator, vocabulary: int = 97, size: int = 6, blocks: int = 4
+) -> EncodedProgram:
+    """A program of random tokens, with every irregularity that the language allows.
+
+    size: the most tokens of a text. blocks: the most promises of a group, up to three groups;
+      promises may follow each other, syncs may wait for nothing or come first, texts may be empty.
+    """
+
+    def some(least: int) -> np.ndarray:
+        return rng.integers(0, vocabulary, rng.integers(least, size + 1)).astype(np.int32)
+
+    main: list[int] = []
+    forks, syncs, tokens, openings, texts = [], [], [], [], []
+    for group in range(int(rng.integers(1, 4))):
+        if group:
+            syncs.append(len(main))
+            main.append(int(rng.integers(vocabulary)))
+        for _ in range(int(rng.integers(0, blocks + 1))):
+            main += [*some(0).tolist(), *some(1).tolist()]
+            forks.append(len(main) - 1)
+            tokens.append(10 * int(rng.integers(1, 4)))
+            openings.append(some(1))
+            texts.append(some(0))
+        main += some(0).tolist()
+    if rng.random() < 0.2:
+        syncs.append(len(main))
+        main.append(int(rng.integers(vocabulary)))
+    return EncodedProgram(
+        prompt=some(1),
+        main=np.array([*main, int(rng.integers(vocabulary))], np.int32),
+        forks=np.array(forks, np.int64),
+        syncs=np.array(syncs, np.int64),
+        tokens=np.array(tokens, np.int64),
+        openings=tuple(openings),
+        blocks=tuple(texts),
+        close=int(rng.integers(vocabulary)),
+    )
