@@ -5,7 +5,12 @@ array."""
 import jax
 import jax.numpy as jnp
 
-from ops import _linear_log_prob_reference, _linear_log_prob_xla, dispatch
+from ops import (
+    _linear_log_prob_reference,
+    _linear_log_prob_triton,
+    _linear_log_prob_xla,
+    dispatch,
+)
 
 
 def linear_log_prob(
@@ -32,15 +37,15 @@ def linear_log_prob(
       x, w: floating point. Products accumulate in float32; the gradient of w is summed over rows in
         float32 and returned in w.dtype.
       weights: with weights the result is the weighted sum, the form that costs least to train:
-        "xla" then makes the gradients of x and w in the same pass as the value (three products),
-        instead of recomputing the logits (four).
+        "xla" and "triton" then make the gradients of x and w in the same pass as the value (three
+        products), instead of recomputing the logits (four).
       softcap: logits become softcap * tanh(logits / softcap).
       valid_vocab: columns from valid_vocab on (padding of the table) are excluded from the softmax.
       vocab_axis: the mesh axis over which the rows of w are split, inside `jax.shard_map`; targets
         and valid_vocab stay global. Differentiate outside the shard_map, or inside one that checks
         varying axes (the default).
       implementation: a name from `dispatch.IMPLEMENTATIONS`. "reference" keeps the logits; "xla"
-        keeps those of a chunk of rows and skips chunks that are all padding.
+        and "triton" keep those of a chunk of rows and skip chunks that are all padding.
 
     Returns:
       Without weights, log_prob [R] float32. With weights, (total, log_prob): the float32 scalar
@@ -59,6 +64,7 @@ def linear_log_prob(
         {
             "reference": _linear_log_prob_reference.linear_log_prob,
             "xla": _linear_log_prob_xla.linear_log_prob,
+            "triton": _linear_log_prob_triton.linear_log_prob,
         },
         x,
         w,

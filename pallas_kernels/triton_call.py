@@ -8,8 +8,9 @@ time.
 
 import functools
 import importlib
+import os
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +60,11 @@ def require() -> tuple[types.ModuleType, types.ModuleType]:
     return modules[0], modules[1]
 
 
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter instead of being compiled."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def triton_call(
     kernel: Any,
     *args: jax.Array | int | np.float32,
@@ -68,12 +74,15 @@ def triton_call(
     num_stages: int,
     capability: int,
     name: str,
+    input_output_aliases: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
     """Launches a `triton.jit` kernel on `grid` with the arguments, then pointers to the outputs.
 
-    Scalars of type float are refused, because jax-triton would pass them as float64. `constants`
-    are the kernel's constexpr parameters. Neither differentiable nor batchable by itself.
+    Scalars of type float are refused, because jax-triton would pass them as float64.
+    `input_output_aliases` maps an array among the arguments, counted without scalars, to the output
+    that is written over it. `constants` are the kernel's constexpr parameters. Neither
+    differentiable nor batchable by itself.
     """
     if any(
         isinstance(argument, float) and not isinstance(argument, np.float32) for argument in args
@@ -91,6 +100,7 @@ def triton_call(
             num_stages=num_stages,
             compute_capability=capability,
             name=name,
+            input_output_aliases=dict(input_output_aliases or {}),
             **constants,
         )
     )

@@ -7,20 +7,24 @@ writing outside of an array, and not writing an element, all show.
 """
 
 import math
+import threading
 import warnings
 
 import jax
 import numpy as np
 import pytest
+import triton.language
 from triton.runtime import interpreter
 
 from pallas_kernels import triton_call
 
 _MARGIN = 4096
+_interpreting = threading.Lock()  # it replaces parts of Triton while a kernel runs
 
 
 def _poison(dtype) -> float | int:
-    return np.nan if np.dtype(dtype).kind in "fV" else 2**30 + 7
+    dtype = np.dtype(dtype)
+    return np.nan if dtype.kind in "fV" else 2 ** (8 * dtype.itemsize - 2) + 7
 
 
 class _Tensor:
@@ -79,6 +83,22 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(interpreter, "_patch_lang_tensor", patch_index_too)
     patch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)
+    patch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", _integers_to_floats)
+    patch.setattr(interpreter.InterpretedFunction, "__call__", _call_inside)
+
+
+_patched: set[int] = set()
+
+
+def _call_inside(function, *args, **kwargs):
+    """A kernel's call of another function. Triton would replace all functions of its language again
+    each time, which takes longer than most of them: the launch did that for kernels' own modules,
+    and once is enough for Triton's."""
+    names = function.fn.__globals__
+    if triton.language not in names.values() and id(names) not in _patched:
+        interpreter._patch_lang(function.fn)
+        _patched.add(id(names))
+    return function.rewrite()(*args, **kwargs)
 
 
 def _dot(_, a, b, accumulator, *__):
@@ -87,21 +107,34 @@ def _dot(_, a, b, accumulator, *__):
     return interpreter.TensorHandle(a @ b + accumulator.data, accumulator.dtype.scalar)
 
 
+def _integers_to_floats(builder, source, dtype):
+    """bfloat16, again, is not a type of numpy's."""
+    if dtype.scalar.name != "bf16":
+        return builder.cast_impl(source, dtype)
+    wide = interpreter.TensorHandle(source.data.astype(np.float32), triton.language.float32)
+    return builder.cast_impl(wide, dtype)
+
+
 def _float32(handle) -> np.ndarray:
     if handle.dtype.scalar.name == "bf16":
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
     return handle.data.astype(np.float32)
 
 
-def _call(kernel, *args, out_shape, grid, num_warps, num_stages, capability, name, **constants):
+def _call(
+    kernel, *args, out_shape, grid, num_warps, num_stages, capability, name,
+    input_output_aliases=None, **constants,
+):  # fmt: skip
     del num_warps, num_stages, capability, name
 
     def run(*arrays):
+        outputs = [_Tensor(np.full(x.shape, _poison(x.dtype), x.dtype)) for x in out_shape]
+        for taken, output in (input_output_aliases or {}).items():
+            outputs[output] = _Tensor(np.asarray(arrays[taken]))
         arrays = iter([_Tensor(np.asarray(x)) for x in arrays])
         inputs = [next(arrays) if isinstance(x, jax.Array) else x for x in args]
         inputs = [float(x) if isinstance(x, np.float32) else x for x in inputs]
-        outputs = [_Tensor(np.full(x.shape, _poison(x.dtype), x.dtype)) for x in out_shape]
-        with np.errstate(all="ignore"), warnings.catch_warnings():
+        with _interpreting, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # as on a GPU, NaN is no error
             kernel[grid](*inputs, *outputs, **constants)
         assert all(x.margins_are_whole() for x in outputs)
