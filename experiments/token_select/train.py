@@ -3,8 +3,8 @@
 
     python -m experiments.token_select.train --config=configs/token_select.py:smoke --workdir=DIR
 
-Run the same command again to resume: it goes on from the newest whole checkpoint in the workdir, bit
-for bit on CPU. The last line is {"step": n, "loss": x, "params_sha256": "..."}.
+Run the same command again to resume: it goes on from the newest whole checkpoint in the workdir,
+bit for bit on CPU. The last line is {"step": n, "loss": x, "params_sha256": "..."}.
 """
 
 from absl import flags

@@ -2,7 +2,8 @@
 """What keys and values are made of: English words (wonderwords), numbers, uuids, letters."""
 
 import functools
-import importlib.resources
+import importlib.util
+import pathlib
 import random
 import string
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from collections.abc import Callable
 @functools.cache
 def listed(kind: str) -> tuple[str, ...]:
     """The "noun", "adjective" or "verb" list: 6786, 912 and 1042 lines."""
-    file = importlib.resources.files("wonderwords.assets").joinpath(f"{kind}list.txt")
+    # the package itself reads its lists, when it is imported, in a way that Python gives up
+    (place,) = importlib.util.find_spec("wonderwords").submodule_search_locations
+    file = pathlib.Path(place) / "assets" / f"{kind}list.txt"
     return tuple(file.read_text(encoding="utf-8").splitlines())
 
 
