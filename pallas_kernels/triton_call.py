@@ -75,13 +75,14 @@ def triton_call(
     capability: int,
     name: str,
     input_output_aliases: Mapping[int, int] | None = None,
+    zeroed_outputs: Sequence[int] = (),
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
     """Launches a `triton.jit` kernel on `grid` with the arguments, then pointers to the outputs.
 
     Scalars of type float are refused, because jax-triton would pass them as float64.
     `input_output_aliases` maps an array among the arguments, counted without scalars, to the output
-    that is written over it. `constants` are the kernel's constexpr parameters. Neither
+    that is written over it; `zeroed_outputs` hold zeros at the start. `constants` are the kernel's constexpr parameters. Neither
     differentiable nor batchable by itself.
     """
     if any(
@@ -101,6 +102,7 @@ def triton_call(
             compute_capability=capability,
             name=name,
             input_output_aliases=dict(input_output_aliases or {}),
+            zeroed_outputs=tuple(zeroed_outputs),
             **constants,
         )
     )

@@ -123,7 +123,7 @@ def _float32(handle) -> np.ndarray:
 
 def _call(
     kernel, *args, out_shape, grid, num_warps, num_stages, capability, name,
-    input_output_aliases=None, **constants,
+    input_output_aliases=None, zeroed_outputs=(), **constants,
 ):  # fmt: skip
     del num_warps, num_stages, capability, name
 
@@ -131,6 +131,8 @@ def _call(
         outputs = [_Tensor(np.full(x.shape, _poison(x.dtype), x.dtype)) for x in out_shape]
         for taken, output in (input_output_aliases or {}).items():
             outputs[output] = _Tensor(np.asarray(arrays[taken]))
+        for output in zeroed_outputs:
+            outputs[output].values[...] = 0
         arrays = iter([_Tensor(np.asarray(x)) for x in arrays])
         inputs = [next(arrays) if isinstance(x, jax.Array) else x for x in args]
         inputs = [float(x) if isinstance(x, np.float32) else x for x in inputs]
