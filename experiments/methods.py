@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from lm import generate, prompting
 from lm.cp_heads import speaking
+from lm.token_select import speaking as selecting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,20 @@ def _cp_heads(path: pathlib.Path, hf: bool, template: str | None, dtype: str | N
     return Opened(loaded.speaker, stream)
 
 
+def _token_select(path: pathlib.Path, hf: bool, template: str | None, dtype: str | None) -> Opened:
+    del hf  # as for heads
+    loaded = selecting.load(path, template=template, dtype=dtype)
+
+    def stream(*arguments, **options) -> Iterator[list[generate.Generation]]:
+        return (piece for piece, _ in loaded.stream(*arguments, **options))
+
+    return Opened(loaded.speaker, stream)
+
+
 # called with a path, whether it is a Hugging Face directory, and the template and dtype to use
 # instead of the checkpoint's own
 METHODS: dict[str, Callable[[pathlib.Path, bool, str | None, str | None], Opened]] = {
     "dense": _dense,
     "cp_heads": _cp_heads,
+    "token_select": _token_select,
 }

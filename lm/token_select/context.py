@@ -104,16 +104,9 @@ class Selecting(contexts.Sharded):
         count = jnp.where(rows > 0, count, 0).astype(jnp.float32)
         return out, buffers, mine, count
 
-    def _heads(self, layer: jax.Array, count: int) -> Heads:
+    def _heads(self, layer: jax.Array, here: int) -> Heads:
         axes = () if self.sharding is None else self.sharding.axes("heads")
-        weights = self.policy.head_weights
-        if not weights:
-            return Heads(axes, None)
-        table = jnp.asarray(weights, jnp.float32).reshape(-1, self.config.num_heads)
-        row = jax.lax.dynamic_index_in_dim(table, layer % len(table), keepdims=False)
-        if axes:
-            row = jax.lax.dynamic_slice(row, (jax.lax.axis_index(axes) * count,), (count,))
-        return Heads(axes, row)
+        return Heads.of(self.policy.head_weights, self.config.num_heads, layer, axes, here)
 
     def _dense(self, view: View) -> jax.Array:
         return cache.dense_attention(

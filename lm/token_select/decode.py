@@ -302,6 +302,7 @@ def advance(
         logits, held = step_logits(program, params, state.last, held, starts, active)
         report = state.guard
         if program.policy.guard is not None:
+            logits = sampling.masked_logits(logits, program.valid_vocab)
             logits, buffers, report = guards.guarded(
                 program.policy.guard,
                 report,
@@ -354,7 +355,7 @@ def _dense_step(program, params, tokens, buffers, starts, active):
     dense = dataclasses.replace(program, policy=Dense(rope=program.policy.rope))
     nothing = jnp.zeros((program.model.num_layers, len(starts)), jnp.float32)
     logits, held = step_logits(dense, params, tokens, Held(buffers, {}, nothing), starts, active)
-    return logits, held.buffers
+    return sampling.masked_logits(logits, program.valid_vocab), held.buffers
 
 
 def _context(program: Program, held: Held, starts, rows, *, prefill=False, drop=None) -> Selecting:

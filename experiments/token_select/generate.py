@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a prompt, reading selected tokens of it at every step, and reading all of them.
+
+    python -m experiments.token_select.generate --config=configs/token_select.py:paper
+        --hf_dir=DIR --prompt_file=BOOK.txt --config.select.k=1024
+
+Runs any checkpoint: the workdir of a run (--checkpoint) or a Hugging Face directory (--hf_dir);
+nothing is trained. --config says what is read, by the preset and --config.select.*; without it the
+checkpoint's own config does, or the paper's setting. --capacity is the context in tokens, those to
+generate included: a longer prompt, and a budget above it, are refused. The last line is {"text": x,
+"tokens": n, "stopped": x, "prompt_tokens": n, "seconds": x, "tokens_per_s": x, "tokens_read": x,
+..., "dense": {"text": x, "seconds": x, "tokens_per_s": x, "tokens_read": x, "agreement": x}}; times
+leave out compilation, agreement is the share of tokens until the texts part, and --nodense leaves
+out the comparison.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import cli
+from lm.config import SamplingConfig
+from lm.errors import UserError
+from lm.generate import Generation
+from lm.token_select import speaking
+from lm.token_select.config import TokenSelectConfig
+from lm.token_select.decode import Statistics
+from lm.token_select.policy import Dense, Policy
+from ops.dispatch import IMPLEMENTATIONS
+
+cli.define_config(data=False, required=False)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
+HF_DIR = flags.DEFINE_string("hf_dir", None, "Hugging Face directory")
+PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "a file that is the prompt")
+CHAT = flags.DEFINE_bool("chat", None, "through the chat template (default: if there is one)")
+CAPACITY = flags.DEFINE_integer("capacity", None, "context in tokens", lower_bound=1)
+DENSE = flags.DEFINE_bool("dense", True, "also read everything, to compare")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
+TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many tokens only; 0: all")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the most likely tokens that have this mass")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most")
+SEED = flags.DEFINE_integer("seed", 0, "of the draws")
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
+)
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
+)
+
+
+def main() -> dict[str, Any]:
+    text = _text()
+    if (CHECKPOINT.value is None) == (HF_DIR.value is None):
+        raise UserError("pass one of --hf_dir and --checkpoint")
+    path = pathlib.Path(HF_DIR.value if CHECKPOINT.value is None else CHECKPOINT.value)
+    select = None if cli.FLAGS.config is None else cli.config(TokenSelectConfig).select
+    loaded = speaking.load(path, select, dtype=DTYPE.value)
+    prompt = loaded.speaker.prompt(text, chat=CHAT.value)
+    (made, statistics), seconds = _timed(loaded, prompt)
+    written = loaded.speaker.tokenizer.decode(made.tokens)
+    print(written, flush=True)
+    result = {
+        "text": written,
+        "tokens": len(made.tokens),
+        "stopped": made.stopped,
+        "prompt_tokens": len(prompt),
+        "seconds": seconds,
+        "tokens_per_s": len(made.tokens) / seconds,
+        **statistics.summary(loaded.policy),
+    }
+    if not DENSE.value:
+        return result
+    everything: Policy = Dense(loaded.policy.chunk)
+    whole = dataclasses.replace(loaded, policy=everything)
+    (other, statistics), seconds = _timed(whole, prompt)
+    result["dense"] = {
+        "text": loaded.speaker.tokenizer.decode(other.tokens),
+        "seconds": seconds,
+        "tokens_per_s": len(other.tokens) / seconds,
+        **statistics.summary(everything),
+        "agreement": _agreement(made, other),
+    }
+    return result
+
+
+def _text() -> str:
+    if (PROMPT.value is None) == (PROMPT_FILE.value is None):
+        raise UserError("pass one of --prompt and --prompt_file")
+    if PROMPT.value is not None:
+        return PROMPT.value
+    try:
+        return pathlib.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{PROMPT_FILE.value}: {reason}") from None
+
+
+def _timed(
+    loaded: speaking.Selective, prompt: np.ndarray
+) -> tuple[tuple[Generation, Statistics], float]:
+    """What a policy gives, and the seconds of a run after the first."""
+    sampling = SamplingConfig(TEMPERATURE.value, TOP_K.value, TOP_P.value, MAX_NEW_TOKENS.value)
+
+    def whole():
+        stream = loaded.stream(
+            [prompt],
+            sampling,
+            jax.random.key(SEED.value),
+            implementation=IMPLEMENTATION.value,
+            capacity=CAPACITY.value,
+            chunk=sampling.max_new_tokens,
+        )
+        (((made,), statistics),) = stream
+        return made, statistics
+
+    whole()
+    start = time.perf_counter()
+    found = whole()
+    return found, time.perf_counter() - start
+
+
+def _agreement(one: Generation, other: Generation) -> float:
+    """Share of the longer text before they part; 1 when they are the same."""
+    longest = max(len(one.tokens), len(other.tokens))
+    if not longest:
+        return 1.0
+    same = min(len(one.tokens), len(other.tokens))
+    differ = np.flatnonzero(one.tokens[:same] != other.tokens[:same])
+    return float((differ[0] if len(differ) else same) / longest)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proof of what token selection claims: with k large enough it is dense attention, chunks of a
+prompt are the prompt, a batch is its sequences, and every implementation picks the same tokens.
+
+Logits are compared with those of one forward pass over whole texts, without any cache. Errors are
+relative to the largest logit.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import contexts, generate, transformer
+from lm.config import ModelConfig, SamplingConfig
+from lm.errors import UserError
+from lm.long_context import chunks
+from lm.progress import say
+from lm.token_select import context, decode, select
+from lm.token_select.config import SelectConfig
+from lm.token_select.decode import Program
+from lm.token_select.method import TokenSelect
+from lm.token_select.policy import Dense, Policy
+from ops import dispatch
+from ops.visibility import Visibility
+
+Params = transformer.Params
+TOLERANCES = {"dense_error": 1e-4, "chunk_error": 1e-4, "ragged_error": 1e-4}
+LEAST_OVERLAP = 0.99
+_ROWS = 256  # of a text at most, evenly spread, are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """The largest deviations found."""
+
+    dense_error: float  # k large enough against dense attention, prefill and decode steps
+    chunk_error: float  # dense chunks against the whole prompt
+    ragged_error: float  # a batch, with selection, against each sequence alone
+    selection_overlap: float  # smallest of any implementation's picks with the reference's
+    overlaps: dict[str, float]  # of each implementation that serves here
+    shadow_overlap: float | None  # of the 8-bit shadow's picks with the exact ones
+    tokens: int  # of the longest text
+    steps: int  # decode steps compared
+    cut: int  # fewest candidates, at a longest text, that were not picked
+
+    def problems(self, tolerance: float | None = None) -> list[str]:
+        """What is beyond tolerance, in words; empty when all holds."""
+        limits = {name: tolerance or limit for name, limit in TOLERANCES.items()}
+        found = [
+            f"{name} {getattr(self, name):.3g} exceeds {limit:g}"
+            for name, limit in limits.items()
+            if not getattr(self, name) <= limit  # NaN too
+        ]
+        if not self.selection_overlap >= LEAST_OVERLAP:
+            found.append(f"selection_overlap {self.selection_overlap:.4f} is below {LEAST_OVERLAP}")
+        return found
+
+
+def verify(
+    model: ModelConfig,
+    params: Params,
+    config: SelectConfig,
+    *,
+    texts: Sequence[np.ndarray] = (),
+    steps: int = 32,
+    valid_vocab: int | None = None,
+    implementation: str | None = None,
+    seed: int = 0,
+) -> Findings:
+    """Runs every check.
+
+    Args:
+      texts: the last `steps` tokens of each are fed one by one; () takes four random ones, of which
+        the longest is two and a half times what a step reads.
+      implementation: of the ops, where they are not compared.
+
+    Raises UserError for settings that do not fit the model.
+    """
+    if not texts:
+        texts = random_texts(model, config, steps, valid_vocab, seed)
+    params = generate.prepare(model, params)
+    if min(map(len, texts)) <= steps:
+        raise UserError(f"a text of {min(map(len, texts))} tokens leaves none before {steps} steps")
+    policies = _policies(config, max(map(len, texts)))
+    policies["select"].check(model, None, None)
+    program = Program(model, SamplingConfig(), policies["select"], 0, None, implementation)
+    slots = chunks.room([len(text) for text in texts], 0, config.chunk)[1]
+    program = dataclasses.replace(program, capacity=slots)
+    say(f"{len(texts)} texts of {min(map(len, texts))} to {max(map(len, texts))} tokens")
+    wanted = [_one_shot(program, params, text, slots) for text in texts]
+    chunk_error = max(
+        _error(_logits(program, params, policies[name], texts, steps), wanted)
+        for name in ("dense", "dense_raw")
+    )
+    dense_error = _error(_logits(program, params, policies["whole"], texts, steps), wanted)
+    together = _logits(program, params, policies["select"], texts, steps)
+    alone = [_logits(program, params, policies["select"], [text], steps)[0] for text in texts]
+    overlaps, shadow = _overlaps(program, params, texts, seed)
+    longest = max(map(len, texts))
+    return Findings(
+        dense_error,
+        chunk_error,
+        _error(together, alone),
+        min(overlaps.values()),
+        overlaps,
+        shadow,
+        longest,
+        steps * len(texts),
+        max(0, longest - config.budget),
+    )
+
+
+def _policies(config: SelectConfig, longest: int) -> dict[str, Policy]:
+    whole = dataclasses.replace(
+        config, k=longest, shortcut=False, coverage=0.0, reuse=0.0, reuse_prefill=False
+    )
+    plain = dataclasses.replace(config, guard_every=0)
+    return {
+        "dense": Dense(config.chunk),
+        "dense_raw": Dense(config.chunk, "read"),
+        "whole": TokenSelect(dataclasses.replace(whole, guard_every=0, prefill="select")),
+        "select": TokenSelect(plain),
+    }
+
+
+def random_texts(
+    model: ModelConfig, config: SelectConfig, steps: int, valid_vocab: int | None, seed: int
+) -> list[np.ndarray]:
+    """Four texts: of two and a half budgets, just above one, below a chunk, and hardly a prompt."""
+    rng = np.random.default_rng(seed)
+    lengths = (5 * config.budget // 2, config.budget + 3, config.chunk // 2 + 1, 1)
+    vocab = valid_vocab or model.vocab_size
+    return [rng.integers(0, vocab, n + steps).astype(np.int32) for n in lengths]
+
+
+def random_params(model: ModelConfig, seed: int) -> Params:
+    """A model at random, of the scale of a trained one's layers rather than of a fresh one's."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(x):
+        scale = 1.0 if x.ndim < 3 else 2 / np.sqrt(model.embed_dim)
+        return jnp.asarray(scale * rng.standard_normal(x.shape, np.float32))
+
+    return jax.tree.map(leaf, transformer.abstract(model)[1])
+
+
+def _rows(length: int) -> np.ndarray:
+    """The rows of a text that are compared."""
+    return np.unique(np.linspace(0, length - 1, min(length, _ROWS)).astype(np.int32))
+
+
+def _one_shot(program: Program, params: Params, text: np.ndarray, size: int) -> np.ndarray:
+    """Logits [rows, V] of a forward pass over the whole text."""
+    padded = np.zeros((1, size), np.int32)
+    padded[0, : len(text)] = text
+    rows = np.zeros(_ROWS, np.int32)
+    mine = _rows(len(text))
+    rows[: len(mine)] = mine
+    found = _pass(program, params, padded, np.array([len(text)], np.int32), rows)
+    return np.asarray(found)[: len(mine)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pass(program, params, tokens, lengths, rows):
+    visibility = Visibility(jnp.broadcast_to(lengths[:, None], tokens.shape))
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    made = contexts.Training(visibility, implementation="xla")
+    states, _ = transformer.hidden(program.model, params, tokens, positions, made)
+    return transformer.logits(program.model, params, states[0, rows])
+
+
+def _logits(
+    program: Program, params: Params, policy: Policy, texts: Sequence[np.ndarray], steps: int
+) -> list[np.ndarray]:
+    """Logits [rows, V] of every text under a policy: its prompt in chunks, then step by step."""
+    program = dataclasses.replace(program, policy=policy)
+    lengths = np.array([len(text) - steps for text in texts], np.int32)
+    held, found = decode.empty(program, len(texts)), [[] for _ in texts]
+    tokens = np.zeros((len(texts), program.capacity), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    for start in range(0, int(lengths.max()), policy.chunk):
+        count = np.clip(lengths - start, 0, policy.chunk)
+        block = tokens[:, start : start + policy.chunk]
+        logits, held = _chunk(program, params, block, held, np.int32(start), count)
+        for text, n, mine, own in zip(texts, count, found, np.asarray(logits), strict=True):
+            rows = _rows(len(text)) - start
+            mine.append(own[rows[(rows >= 0) & (rows < n)]])
+    fed = np.stack([text[len(text) - steps :] for text in texts], axis=1)
+    stepped = np.asarray(_steps(program, params, fed, held, lengths))  # [steps, B, V]
+    for index, text in enumerate(texts):
+        rows = _rows(len(text)) - lengths[index]
+        found[index].append(stepped[rows[rows >= 0], index])
+    return [np.concatenate(mine) for mine in found]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _chunk(program, params, block, held, start, rows):
+    made = context.Selecting(
+        held,
+        start,
+        rows,
+        program.model,
+        program.policy,
+        prefill=True,
+        implementation=program.implementation,
+    )
+    positions = start + jnp.arange(block.shape[1], dtype=jnp.int32)[None]
+    positions = jnp.broadcast_to(positions, block.shape)
+    states, made = transformer.hidden(program.model, params, block, positions, made)
+    return transformer.logits(program.model, params, states), made.state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _steps(program, params, fed, held, starts):
+    def step(carry, tokens):
+        held, starts = carry
+        active = jnp.ones(starts.shape, bool)
+        logits, held = decode.step_logits(program, params, tokens, held, starts, active)
+        return (held, starts + 1), logits
+
+    return jax.lax.scan(step, (held, starts), fed)[1]
+
+
+def _error(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
+    """Largest difference, relative to the largest logit."""
+    pairs = zip(got, wanted, strict=True)
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+
+
+def _overlaps(
+    program: Program, params: Params, texts: Sequence[np.ndarray], seed: int
+) -> tuple[dict[str, float], float | None]:
+    """Of every implementation's picks, at the end of the texts and for random queries, with the
+    reference's; and of the shadow's with the exact ones."""
+    config: SelectConfig = program.policy.config
+    lengths = np.array([len(text) for text in texts], np.int32)
+    tokens = np.zeros((len(texts), program.capacity), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    _, held = jax.jit(decode.prefill_states, static_argnums=0)(program, params, tokens, lengths)
+    shape = (len(texts), program.model.num_heads, program.model.head_dim)
+    query = np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+    def picks(config, implementation):
+        one = functools.partial(_picks, config, implementation, program.model)
+        return jax.device_get(one(query, held.buffers, lengths))
+
+    wanted = picks(config, "reference")
+    found = {"default": _overlap(picks(config, None), wanted)}
+    for name in dispatch.ORDER[dispatch.current_platform()]:
+        try:
+            found[name] = _overlap(picks(config, name), wanted)
+        except dispatch.Unsupported as reason:
+            say(f"{name} is not compared: {reason}")
+    shadow = None
+    if config.shadow:
+        shadow = _overlap(wanted, picks(dataclasses.replace(config, shadow=""), "reference"))
+    return found, shadow
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _picks(config, implementation, model, query, buffers, lengths):
+    """Indices and counts of every layer."""
+    begin, end = select.bounds(lengths, config.n_init, config.n_local)
+
+    def one(layer):
+        top = select.choose(
+            config,
+            query.astype(model.dtype),
+            buffers,
+            layer,
+            begin,
+            end,
+            scale=model.head_dim**-0.5 if config.scale_scores else 1.0,
+            heads=select.Heads.of(config.head_weights, model.num_heads, layer),
+            implementation=implementation,
+        )
+        return top.indices, top.counts
+
+    return jax.lax.map(one, jnp.arange(model.num_layers, dtype=jnp.int32))
+
+
+def _overlap(got: tuple[np.ndarray, ...], wanted: tuple[np.ndarray, ...]) -> float:
+    """Smallest share of a list's tokens that the other has, too."""
+    worst = 1.0
+    lists = ((x.reshape(-1, x.shape[-1]), n.reshape(-1)) for x, n in (got, wanted))
+    (slots, counts), (others, numbers) = lists
+    for mine, n, other, m in zip(slots, counts, others, numbers, strict=True):
+        if max(n, m):
+            same = np.intersect1d(mine[:n], other[:m], assume_unique=True)
+            worst = min(worst, len(same) / max(n, m))
+    return float(worst)
