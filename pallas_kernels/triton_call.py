@@ -82,8 +82,8 @@ def triton_call(
 
     Scalars of type float are refused, because jax-triton would pass them as float64.
     `input_output_aliases` maps an array among the arguments, counted without scalars, to the output
-    that is written over it; `zeroed_outputs` hold zeros at the start. `constants` are the kernel's constexpr parameters. Neither
-    differentiable nor batchable by itself.
+    that is written over it; `zeroed_outputs` hold zeros at the start. `constants` are the kernel's
+    constexpr parameters. Neither differentiable nor batchable by itself.
     """
     if any(
         isinstance(argument, float) and not isinstance(argument, np.float32) for argument in args
