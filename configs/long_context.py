@@ -20,7 +20,7 @@ def smoke() -> ConfigDict:
     config.data.seq_len = 512
     config.data.window = 8
     config.tasks = tasks = ConfigDict()
-    tasks.names = ("niah_single_1", "niah_multikey_2", "passkey")
+    tasks.names = ("niah_single_1", "passkey")
     tasks.min_length = 320
     tasks.max_length = 512
     tasks.growth = 0
@@ -46,8 +46,8 @@ def demo() -> ConfigDict:
         qk_norm=True,
     )
     config.data.tokenizer = "bpe:1200"
-    config.data.seq_len = 256
-    config.data.window = 32
+    config.data.seq_len = 512
+    config.data.window = 16
     config.tasks.names = ("niah_single_1", "niah_multikey_2", "passkey")
     config.tasks.min_length = 80
     config.tasks.max_length = 256
@@ -55,7 +55,7 @@ def demo() -> ConfigDict:
     config.tasks.questions = 8
     config.tasks.eval_lengths = (256,)
     config.tasks.eval_samples = 50
-    config.train.batch_size = 8
+    config.train.batch_size = 4
     config.train.steps = 300
     config.train.checkpoint_every = 300
     config.train.log_every = 20

@@ -11,14 +11,14 @@ from lm.errors import UserError
 class TasksConfig:
     """Which retrieval tasks a model learns, how long, and what it is asked afterwards.
 
-    Documents are made on the fly from `data.seed`, each of a length drawn between `min_length` and
-    a bound that grows to `max_length` over the first `growth` documents: copying from afar is
-    learnt first where it is near.
+    Documents are made on the fly from `data.seed`, each with samples of a length drawn between
+    `min_length` and a bound that grows to `max_length` over the first `growth` documents: copying
+    from afar is learnt first where it is near.
     """
 
     names: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "passkey", "kv_retrieval")
-    min_length: int = 128  # tokens of a training document, its questions and answers included
-    max_length: int = 512  # at most data.seq_len
+    min_length: int = 128  # tokens of a training sample: context, one question, its answer
+    max_length: int = 512  # at most data.seq_len, where more questions about the context follow
     growth: int = 0  # documents; 0: every length from the start
     questions: int = 8  # at most so many about one haystack, each unseen by the others
     text_weight: float = 0.05  # of a token that is no answer, where an answer's token counts 1

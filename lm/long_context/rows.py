@@ -32,18 +32,19 @@ _CYCLE = 500 * 59 * 7  # indices after which the tasks repeat the places of thei
 _PROBES = 4  # documents from which the tokens of a task are told
 _ATTEMPTS = 50  # each 10% shorter
 # tokenizers leave Python's lock while they encode
-_READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+_READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=64)
 
 Branch = tuple[np.ndarray, np.ndarray]  # tokens of a question with its prefix, and of its answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Tokens of a task's training documents: start + size * each + questions * question."""
+    """Tokens of a task's training documents."""
 
-    start: float
+    start: float  # of a context: start + size * each + (questions - 1) * needle
     each: float
-    question: float
+    needle: float
+    branch: float  # of a question with its answer
 
 
 class Author:
@@ -99,9 +100,17 @@ def _essay(config: TasksConfig, named: Sequence[Task]) -> tuple[str, ...]:
 class Documents(Sequence[Layout]):
     """The layouts of a run's documents by index."""
 
-    def __init__(self, config: TasksConfig, seed: int, tokenizer: Tokenizer):
-        """Raises UserError for tasks that are unknown, lack their essay or do not fit."""
+    def __init__(self, config: TasksConfig, seed: int, tokenizer: Tokenizer, seq_len: int):
+        """seq_len: S, the tokens of a row.
+
+        Raises UserError for tasks that are unknown, lack their essay or do not fit.
+        """
+        if config.max_length > seq_len:
+            raise UserError(
+                f"tasks.max_length={config.max_length} exceeds rows of data.seq_len={seq_len}"
+            )
         self._config, self._seed, self._fingerprint = config, seed, tokenizer.fingerprint
+        self._seq_len = seq_len
         self._author = Author(config, tokenizer)
         self._scales = [self._scale(task) for task in self._author.tasks]
 
@@ -110,7 +119,7 @@ class Documents(Sequence[Layout]):
 
     def __repr__(self) -> str:
         # a data iterator's saved position names its source
-        return f"Documents({self._config}, {self._seed}, {self._fingerprint})"
+        return f"Documents({self._config}, {self._seed}, {self._seq_len}, {self._fingerprint})"
 
     def __getitem__(self, index: SupportsIndex) -> Layout:
         number = operator.index(index)
@@ -122,48 +131,52 @@ class Documents(Sequence[Layout]):
         raise UserError(f"tasks.max_length={self._config.max_length} fits no document")
 
     def _make(self, rng: random.Random, number: int, shrink: float) -> Layout | None:
-        """A document of at most `max_length` tokens; None when it turned out longer."""
+        """A document whose samples have at most `max_length` tokens; None when it is longer."""
         config = self._config
         which = rng.randrange(len(self._scales))
         task, scale = self._author.tasks[which], self._scales[which]
         length = int(rng.randint(config.min_length, longest(config, number)) * shrink)
-        # half of a document at most is questions
-        room = int((length - scale.start) / (2 * scale.question))
-        questions = rng.randint(1, max(1, min(config.questions, room)))
-        size = int((length - scale.start - questions * scale.question) / scale.each)
+        room = int((self._seq_len - length) / scale.branch)  # for questions beside the first
+        most = max(1, min(config.questions, 1 + room))
+        # a third of the documents is asked once, as in evaluation: one needle in its noise
+        questions = rng.choice((1, most, most))
+        needles = scale.needle * (questions - 1)
+        size = int((length - scale.start - scale.branch - needles) / scale.each)
         size = max(size, self._author.floor(task))
         document = self._author.document(task, rng, size, questions, length)
         context, branches = self._author.encode(document)
-        # what is too long loses its last questions
-        sizes = np.cumsum([len(context), *(len(asked) + len(answer) for asked, answer in branches)])
-        kept = bisect.bisect_right(sizes.tolist(), config.max_length) - 1
-        return layout(context, branches[:kept], config.text_weight) if kept > 0 else None
+        sizes = [len(asked) + len(answer) for asked, answer in branches]
+        # what does not fit a row loses its last questions
+        ends = np.cumsum([len(context), *sizes]).tolist()
+        kept = bisect.bisect_right(ends, self._seq_len) - 1
+        if kept < 1 or len(context) + max(sizes[:kept]) > config.max_length:
+            return None
+        return layout(context, branches[:kept], config.text_weight)
 
     def _scale(self, task: Task) -> Scale:
         """Raises UserError when not even the smallest document fits."""
         floor, most = self._author.floor(task), self._config.max_length
 
-        def tokens(size: int, questions: int) -> float:
-            total = 0.0
+        def tokens(size: int, questions: int) -> np.ndarray:
+            """Of the context and of a branch."""
+            total = np.zeros(2)
             for probe in range(_PROBES):
                 rng = random.Random(f"scale:{self._seed}:{probe}")
                 document = self._author.document(task, rng, size, questions, most)
-                context, branches = self._author.encode(document)
-                asked = sum(len(a) + len(b) for a, b in branches)
-                # where there is less to ask, it counts as if there were more
-                total += len(context) + asked * questions / len(branches)
+                context, ((asked, answer), *_) = self._author.encode(document)
+                total += len(context), len(asked) + len(answer)
             return total / _PROBES
 
         smallest, large = tokens(floor, 1), floor + 32
-        if smallest > most:
+        if smallest.sum() > most:
             raise UserError(
-                f"tasks.max_length={most} is too short for {task.name}: its smallest document "
-                f"takes about {smallest:.0f} tokens"
+                f"tasks.max_length={most} is too short for {task.name}: its smallest sample "
+                f"takes about {smallest.sum():.0f} tokens"
             )
-        alone = tokens(large, 1)
-        each = max((alone - smallest) / 32, 1e-3)
-        question = max(tokens(large, 2) - alone, 1.0)
-        return Scale(alone - question - each * large, each, question)
+        context, branch = tokens(large, 1)
+        each = max((context - smallest[0]) / 32, 1e-3)
+        needle = max(tokens(large, 2)[0] - context, 0.0)
+        return Scale(context - each * large, each, needle, branch)
 
 
 def longest(config: TasksConfig, number: int) -> int:
@@ -235,11 +248,7 @@ def rows(
 
     process: (index, count) of the host.
     """
-    if config.max_length > seq_len:
-        raise UserError(
-            f"tasks.max_length={config.max_length} exceeds rows of data.seq_len={seq_len}"
-        )
-    dataset = grain.MapDataset.source(Documents(config, seed, tokenizer))
+    dataset = grain.MapDataset.source(Documents(config, seed, tokenizer, seq_len))
     dataset = dataset[process[0] :: process[1]].map(_ToGroup())
     return packing.PackedRows(dataset.to_iter_dataset(_READ), seq_len, window)
 
