@@ -225,8 +225,10 @@ def speed(rows: Sequence[Row]) -> Figure:
 
 
 @_styled
-def rates(rows: Sequence[Row]) -> Figure:
-    """TFLOP/s of an op, a panel per length and a group of bars per mask.
+def rates(
+    rows: Sequence[Row], ylabel: str = "TFLOP/s on visible pairs", unit: str = "tokens"
+) -> Figure:
+    """TFLOP/s of an op, a panel per length (in units) and a group of bars per mask or other case.
 
     rows: with implementation, case, length and tflops; one per implementation, mask and length.
     """
@@ -248,10 +250,10 @@ def rates(rows: Sequence[Row]) -> Figure:
             panel.bar(x, y, width, align="edge", color=palette[name], label=name)
         panel.set_xticks(range(len(cases)), [case.replace("_", " ") for case in cases])
         panel.set_ylim(0, 1.05 * highest)
-        panel.set_title(f"{length:,} tokens")
+        panel.set_title(f"{length:,} {unit}")
         panel.grid(False, axis="x")
         if column == 0:
-            panel.set_ylabel("TFLOP/s on visible pairs")
+            panel.set_ylabel(ylabel)
     figure.legend(
         *panel.get_legend_handles_labels(), loc="outside lower center", ncols=int(inches / 1.6)
     )

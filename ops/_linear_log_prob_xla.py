@@ -34,6 +34,14 @@ from ops._varying import common_varying, varying_like
 _LOGIT_BYTES = {"cpu": 16 << 20, "gpu": 1024 << 20, "tpu": 256 << 20}
 _FEWEST_ROWS = 128
 
+# Part of jit's cache key, so that another budget is another program.
+_override = jax.make_user_context(None)
+
+
+def override(num_bytes: int) -> Any:
+    """Context manager: `logit_bytes()` is this, for tuning."""
+    return _override(num_bytes)
+
 
 class Chunk(NamedTuple):
     x: jax.Array  # [chunk, D]
@@ -104,7 +112,7 @@ def by_chunks(
 
 def logit_bytes() -> int:
     """How much the float32 logits of a chunk may take."""
-    return _LOGIT_BYTES.get(dispatch.current_platform(), _LOGIT_BYTES["cpu"])
+    return _override.value or _LOGIT_BYTES.get(dispatch.current_platform(), _LOGIT_BYTES["cpu"])
 
 
 def chunk_rows(num_rows: int, vocab: int) -> int:

@@ -11,7 +11,6 @@ import functools
 import gc
 import importlib.metadata
 import itertools
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.benchmarks import attention_alternatives as alternatives
-from lm.benchmarks import masks
-from lm.benchmarks.attention_problem import Prepared, Problem, parse_heads, prepare_jax
+from lm.benchmarks import masks, timing
+from lm.benchmarks.attention_problem import (
+    Prepared,
+    Problem,
+    attempt,
+    parse_heads,
+    prepare_jax,
+)
 from lm.benchmarks.timing import Stopwatch
 from lm.errors import UserError
 from ops import _masked_attention_mosaic as mosaic
@@ -59,7 +64,6 @@ BLOCK_LISTS: Mapping[str, Callable[..., Any]] = {
 }
 
 PASSES = ("forward", "forward_backward")
-_FEWEST = 3  # samples, however long they take
 _COMPARED_ROWS = 512
 
 
@@ -140,23 +144,13 @@ def ours() -> tuple[str, ...]:
 def _one(plan: Plan, problem: Problem, backward: bool) -> Iterator[dict[str, Any]]:
     entries, refused = [], []
     for name in plan.contenders:
-        try:
-            entries.append(_Entry(name, _prepare(name, problem, backward)))
-        except dispatch.Unsupported as refusal:
-            refused.append({"implementation": name, "refused": str(refusal)})
-        except Exception as error:
-            key = "failed" if name in ours() else "refused"
-            lines = str(error).strip().splitlines() or [""]
-            refused.append(
-                {"implementation": name, key: f"{type(error).__name__}: {lines[0][:200]}"}
-            )
+        prepared = attempt(name, functools.partial(_prepare, name, problem, backward))
+        if isinstance(prepared, Prepared):
+            entries.append(_Entry(name, prepared))
+        else:
+            refused.append(prepared)
     _compare(entries, problem)
-    for entry in entries:
-        entry.watch.calibrate()
-    for _ in range(plan.repeats):
-        for entry in entries:
-            if len(entry.watch.samples) < _FEWEST or entry.watch.spent < plan.seconds:
-                entry.watch.sample()
+    timing.rounds([entry.watch for entry in entries], plan.repeats, plan.seconds)
     yield from (_row(entry, problem.flops(backward)) for entry in entries)
     yield from refused
 
@@ -183,17 +177,10 @@ def _compare(entries: Sequence[_Entry], problem: Problem) -> None:
 
 
 def _row(entry: _Entry, flops: float) -> dict[str, Any]:
-    watch = entry.watch
-    low, median, high = statistics.quantiles(watch.samples, n=4, method="inclusive")
     row = {
         "implementation": entry.name,
-        "ms": 1e3 * median,
-        "ms_p25": 1e3 * low,
-        "ms_p75": 1e3 * high,
-        "tflops": flops / median / 1e12,
-        "start_ms": 1e3 * statistics.median(watch.started),
-        "samples": len(watch.samples),
-        "calls": watch.calls,
+        **entry.watch.summary(),
+        "tflops": flops / entry.watch.median / 1e12,
         "temp_bytes": entry.prepared.temp_bytes,
         "difference": entry.difference,
         **entry.prepared.measured,

@@ -12,6 +12,7 @@ import numpy as np
 
 from lm.benchmarks.masks import Case
 from lm.errors import UserError
+from ops import dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,19 @@ class Prepared:
     to_numpy: Callable[[Any, np.ndarray], np.ndarray]  # (result, rows): those rows in float32
     notes: str = ""
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def attempt(name: str, prepare: Callable[[], Prepared]) -> Prepared | dict[str, str]:
+    """What `prepare` makes, or a row that says why there is nothing: "refused" by what cannot serve
+    and by others' libraries whatever they raise, "failed" by ours."""
+    try:
+        return prepare()
+    except dispatch.Unsupported as refusal:
+        return {"implementation": name, "refused": str(refusal)}
+    except Exception as error:
+        key = "failed" if name in dispatch.IMPLEMENTATIONS else "refused"
+        lines = str(error).strip().splitlines() or [""]
+        return {"implementation": name, key: f"{type(error).__name__}: {lines[0][:200]}"}
 
 
 Attend = Callable[..., jax.Array]  # (q, k, v, *extra) -> out

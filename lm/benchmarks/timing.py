@@ -7,11 +7,12 @@ A sample lasts 20 ms or one call, so starting a call is hidden behind the call b
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _SAMPLE_SECONDS = 0.02
 _MOST_CALLS = 2000
+_FEWEST = 3  # samples, however long they take
 
 
 @dataclasses.dataclass
@@ -51,3 +52,26 @@ class Stopwatch:
     def spent(self) -> float:
         """Seconds of all samples."""
         return sum(self.samples) * self.calls
+
+    def summary(self) -> dict[str, float]:
+        """The middle half of the samples, in milliseconds per call, and how they were taken."""
+        low, median, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return {
+            "ms": 1e3 * median,
+            "ms_p25": 1e3 * low,
+            "ms_p75": 1e3 * high,
+            "start_ms": 1e3 * statistics.median(self.started),
+            "samples": len(self.samples),
+            "calls": self.calls,
+        }
+
+
+def rounds(watches: Sequence[Stopwatch], repeats: int, seconds: float) -> None:
+    """Warms all up, then takes a sample of each in turn, so that a change of clocks meets all of
+    them; about `seconds` of each, at most `repeats` samples."""
+    for watch in watches:
+        watch.calibrate()
+    for _ in range(repeats):
+        for watch in watches:
+            if len(watch.samples) < _FEWEST or watch.spent < seconds:
+                watch.sample()

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.benchmarks import linear_log_prob_check as check
 from ops import _linear_log_prob_triton as triton_passes
 from ops import _linear_log_prob_xla as chunks
 from ops import dispatch
@@ -51,8 +52,10 @@ def test_rows_of_several_blocks(valid_vocab):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(dtype):
-    compare(problem(16, 32, 30, dtype), 4.0, 29)
+def test_half_precision_within_what_rounding_allows(dtype):
+    rows = list(check.sweep(("triton",), (dtype,), check.SMALL_CASES[:1]))
+    assert len(rows) == 2
+    assert all(row["passed"] for row in rows), rows
 
 
 def test_logits_far_above_the_first_block():
