@@ -6,8 +6,8 @@
 smoke        0.9 M, bytes of the standard library; seconds on 2 CPU cores: tests, first contact
 demo         the embedded arithmetic, a trained BPE; a minute on 2 CPU cores: `make demo`
 colab        20 M, a trained BPE; one small GPU or TPU, meant for under 30 minutes (not measured)
-python_100m  100 M, a trained BPE, installed packages included; one H100: ranks and transitions
-             against each other on one target
+python_100m  100 M, a trained BPE, installed packages included; one H100, meant for half an hour:
+             `experiments.cp_heads.study` compares ranks and transitions on one target
 paper        the published setting as far as it is known: 56 M, n = 4, rank 4, `full` expanders, on
              a corpus of your own (data.source); the paper's data are not here
 """
@@ -48,6 +48,22 @@ def smoke() -> ConfigDict:
 
     config.data.source = "python"
     config.data.seq_len = 128
+
+    config.study = study = ConfigDict()
+    study.ranks = (1, 2)
+    study.lengths = (3,)
+    study.temperatures = (0.0, 1.0)
+    study.hmm = "linear"
+    study.head_steps = 30
+    study.head_batch = 4
+    study.draft_layers = 1
+    study.draft_dim = 32
+    study.draft_steps = 20
+    study.prompt_tokens = 32
+    study.new_tokens = 24
+    study.repeats = 2
+    study.batches = ()
+    study.check_tokens = 500
     return config
 
 
@@ -113,6 +129,21 @@ def python_100m() -> ConfigDict:
     config.data.eval_conversations = 256
     config.train.batch_size = 64
     config.train.steps = 2000
+    config.train.keep_checkpoints = 1
+    config.sampling.max_new_tokens = 192
+    config.loss.fraction = 0.25
+    config.study.ranks = (1, 2, 4, 8)
+    config.study.lengths = (4, 8)
+    config.study.head_steps = 1200
+    config.study.head_batch = 16
+    config.study.draft_layers = 2
+    config.study.draft_dim = 256
+    config.study.draft_steps = 1000
+    config.study.prompt_tokens = 64
+    config.study.new_tokens = 256
+    config.study.repeats = 5
+    config.study.batches = (8, 32)
+    config.study.check_tokens = 100_000
     return config
 
 

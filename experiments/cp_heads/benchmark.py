@@ -4,11 +4,13 @@
     python -m experiments.cp_heads.benchmark --config=configs/cp_heads.py:smoke --checkpoint=DIR
 
 DIR is a workdir or a Hugging Face directory with a head; several, separated by commas, share a
-trunk, which the first one gives. --baseline_steps=N trains, on that trunk and with the config's
-data and optimiser, what the checkpoints lack: independent heads (rank1) and a Hydra head with as
-many parameters as the first head. --draft_checkpoint adds a smaller model as drafter. --chains=3
-also verifies trees of drafts, --shapes times random heads at the shapes of larger models. Prompts
-are beginnings of held-out texts; every sequence goes on to --new_tokens.
+trunk, which the first one gives. --tuned=TUNED puts the choice of experiments.cp_heads.tune first,
+and says so when it was made for another model, tokenizer or template. --baseline_steps=N trains, on
+that trunk and with the config's data and optimiser, what the checkpoints lack: independent heads
+(rank1) and a Hydra head with as many parameters as the first head. --draft_checkpoint adds a
+smaller model as drafter. --chains=3 also verifies trees of drafts, --shapes times random heads at
+the shapes of larger models. Prompts are beginnings of held-out texts; every sequence goes on to
+--new_tokens.
 
 draft_ms and verify_ms split a cycle: the drafter by itself, and the rest. tokens_per_s leaves out
 prefill, token_ms_p50 and p95 include a visit of the host per cycle. Rows go to benchmark.jsonl of
@@ -28,7 +30,7 @@ from configs import shapes
 from experiments import cli, gate
 from lm import prompting
 from lm.config import ModelConfig, freeze
-from lm.cp_heads import attach, benchmark, checkpoints, evaluate, prompts
+from lm.cp_heads import attach, benchmark, checkpoints, evaluate, prompts, tune
 from lm.cp_heads.baselines import DraftModel, Hydra, hydra_width, train_head, train_hydra
 from lm.cp_heads.benchmark import Method
 from lm.cp_heads.checkpoints import Loaded
@@ -43,7 +45,8 @@ SHAPES = {"1b": shapes.llama_3_2_1b, "8b": shapes.llama_3_1_8b}
 
 cli.define_config()
 REQUIRE = gate.define(NAMES)
-CHECKPOINT = flags.DEFINE_list("checkpoint", None, "workdirs or directories with heads")
+CHECKPOINT = flags.DEFINE_list("checkpoint", [], "workdirs or directories with heads")
+TUNED = flags.DEFINE_string("tuned", None, "workdir of tune, or its tuned.json: that choice first")
 DRAFT_CHECKPOINT = flags.DEFINE_string("draft_checkpoint", None, "workdir of a smaller model")
 BASELINE_STEPS = flags.DEFINE_integer(
     "baseline_steps", 0, "train rank 1 and Hydra for so many steps; 0: no such rows", lower_bound=0
@@ -63,7 +66,6 @@ PRICE = flags.DEFINE_float("chip_price", None, "per chip-hour: adds cost per mil
 IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
 )
-flags.mark_flag_as_required("checkpoint")
 
 
 def main() -> dict[str, Any]:
@@ -120,12 +122,18 @@ def _numbers(name: str, texts: list[str], kind: type) -> tuple[Any, ...]:
 
 def _loaded(config: CpConfig) -> list[Loaded]:
     """The checkpoints, which have to share a trunk."""
-    loaded = [checkpoints.load(pathlib.Path(path), config) for path in CHECKPOINT.value]
-    trunk = attach.digest(loaded[0].params)
-    for path, one in zip(CHECKPOINT.value, loaded, strict=True):
+    found = [(path, checkpoints.load(pathlib.Path(path), config)) for path in CHECKPOINT.value]
+    if TUNED.value is not None:
+        choice = tune.load(pathlib.Path(TUNED.value))
+        path = tune.checkpoint_of(choice)
+        found.insert(0, (str(path), tune.apply(choice, checkpoints.load(path, config))))
+    if not found:
+        raise UserError("which heads? give --checkpoint or --tuned")
+    trunk = attach.digest(found[0][1].params)
+    for path, one in found:
         if attach.digest(one.params) != trunk:
-            raise UserError(f"{path} has another trunk than {CHECKPOINT.value[0]}")
-    return loaded
+            raise UserError(f"{path} has another trunk than {found[0][0]}")
+    return [one for _, one in found]
 
 
 def _methods(loaded: list[Loaded]) -> list[Method]:

@@ -2,8 +2,12 @@
 """Text from a prompt, with a CP head and without: the same law, fewer trunk calls.
 
     python -m experiments.cp_heads.generate --checkpoint=DIR --prompt="def fold(f, items):"
+    python -m experiments.cp_heads.generate --tuned=TUNED --prompt="def fold(f, items):"
 
-DIR is the workdir of a run or a Hugging Face directory with a head. The prompt is continued as it
+DIR is the workdir of a run or a Hugging Face directory with a head; TUNED a workdir of
+experiments.cp_heads.tune, whose tuned.json names the head (unless --checkpoint does) and how many
+tokens it drafts; a choice that was made for another model, tokenizer or template says so. The
+prompt is continued as it
 is (--chat: it goes through the chat template first). --chains above 1 verifies a tree of drafts,
 one for each of the most likely components. The last line is {"text": x, "tokens": n, "stopped": x,
 "seconds": x, "tokens_per_s": x, "tokens_per_call": x, "acceptance": [...], "without": {"text": x,
@@ -22,14 +26,14 @@ from absl import flags
 
 from experiments import cli
 from lm.config import SamplingConfig
-from lm.cp_heads import speaking
+from lm.cp_heads import speaking, tune
+from lm.errors import UserError
 from ops.dispatch import IMPLEMENTATIONS
 
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "workdir or Hugging Face directory", required=True
-)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or Hugging Face directory")
+TUNED = flags.DEFINE_string("tuned", None, "workdir of tune, or its tuned.json")
 PROMPT = flags.DEFINE_string("prompt", None, "the text to continue")
-flags.mark_flags_as_required(["checkpoint", "prompt"])
+flags.mark_flag_as_required("prompt")
 CHAT = flags.DEFINE_bool("chat", False, "render the prompt through the chat template")
 CHAINS = flags.DEFINE_integer("chains", 1, "drafts of a trunk call", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
@@ -47,7 +51,7 @@ DTYPE = flags.DEFINE_enum(
 
 def main() -> dict[str, Any]:
     sampling = SamplingConfig(TEMPERATURE.value, TOP_K.value, TOP_P.value, MAX_NEW_TOKENS.value)
-    loaded = speaking.load(pathlib.Path(CHECKPOINT.value), dtype=DTYPE.value)
+    loaded = _loaded()
     speaker = loaded.speaker
     prompts = [speaker.prompt(PROMPT.value, chat=CHAT.value)]
     key = jax.random.key(SEED.value)
@@ -81,6 +85,18 @@ def main() -> dict[str, Any]:
         if sampling.temperature
         else np.array_equal(with_head.tokens, without.tokens),
     }
+
+
+def _loaded() -> speaking.Drafting:
+    choice = tune.load(pathlib.Path(TUNED.value)) if TUNED.value else None
+    if CHECKPOINT.value is not None:
+        path = pathlib.Path(CHECKPOINT.value)
+    elif choice is not None:
+        path = tune.checkpoint_of(choice)
+    else:
+        raise UserError("which head? give --checkpoint or --tuned")
+    loaded = speaking.load(path, dtype=DTYPE.value)
+    return loaded if choice is None else speaking.tuned(loaded, choice)
 
 
 def _timed(stream: Callable[[], Iterable[Any]]) -> tuple[Any, float]:

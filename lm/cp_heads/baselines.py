@@ -105,22 +105,36 @@ def hydra_objective(hydra: Hydra, model: ModelConfig, execution: losses.Executio
         states, table = cp_losses.trunk_states(model, params["params"], batch, execution)
         futures = Futures(*(batch[name] for name in FUTURE_FIELDS))
         h = jnp.take_along_axis(states, futures.rows[..., None], axis=1)
-        mask = jnp.cumprod(futures.targets >= 0, axis=-1, dtype=jnp.int32) > 0
-        tokens = jnp.maximum(futures.targets, 0)
-        seen, total, found = [], 0.0, []
-        for step in range(1, hydra.predicted):
-            seen.append(_embedded(params["params"], tokens[..., step - 1], h.dtype))
-            z = _step(params["hydra"], step, h, seen)
-            targets = jnp.where(mask[..., step], tokens[..., step], -1)
-            weights = futures.weights * mask[..., step]
-            own, _ = losses.sharded_log_prob(
-                z, table, targets, weights, execution, model.logit_softcap
-            )
-            total, found = total + own, [*found, -own]
+        rows, targets = hydra_rows(hydra, params["hydra"], params["params"], h, futures.targets)
+        log_prob = losses.sharded_log_prob(
+            rows, table, targets, None, execution, model.logit_softcap
+        )
+        log_prob = log_prob.reshape(*h.shape[:2], hydra.length)
+        total = jnp.sum(futures.weights[..., None] * log_prob, axis=(0, 1))  # [P - 1]
         weight = jnp.sum(futures.weights)
-        return total, {"weight": weight, "head_weight": weight, "head_nll": jnp.stack(found)}
+        return jnp.sum(total), {"weight": weight, "head_weight": weight, "head_nll": -total}
 
     return objective
+
+
+def hydra_rows(
+    hydra: Hydra,
+    weights: Weights,
+    params: Params,
+    h: jax.Array,  # [B, F, D]
+    targets: jax.Array,  # [B, F, P] int32, -1 past the end
+) -> tuple[jax.Array, jax.Array]:
+    """Every step's hidden states, given the true tokens before it, and targets, in the order
+    [F, P - 1]: rows [B, F (P - 1), D] for the unembedding, and [B, F (P - 1)]."""
+    B, F, D = h.shape
+    mask = jnp.cumprod(targets >= 0, axis=-1, dtype=jnp.int32) > 0
+    tokens = jnp.maximum(targets, 0)
+    seen, rows = [], []
+    for step in range(1, hydra.predicted):
+        seen.append(_embedded(params, tokens[..., step - 1], h.dtype))
+        rows.append(_step(weights, step, h, seen))
+    wanted = jnp.where(mask, tokens, -1)[..., 1 : hydra.predicted]
+    return jnp.stack(rows, axis=2).reshape(B, F * hydra.length, D), wanted.reshape(B, -1)
 
 
 def train_hydra(

@@ -15,6 +15,7 @@ from lm.workdir import Workdir
 
 Row = Mapping[str, Any]
 FILES = ("eval.jsonl", "benchmark.jsonl")
+_OTHER_KINDS = ("training", "greedy_check")
 _MOST_LENGTHS = 3  # lines per transition, so that a figure stays readable
 
 
@@ -22,16 +23,20 @@ def gather(paths: Iterable[pathlib.Path]) -> list[Row]:
     """The rows of workdirs and of JSONL files, later ones replacing earlier ones of the same
     method and setting. Raises UserError for a path that is neither, or when no row is about heads.
     """
-    found: dict[tuple[Any, ...], Row] = {}
-    for path in paths:
-        for row in _rows(path):
-            keys = ("kind", "method", "temperature", "top_k", "top_p", "batch", "source", "device")
-            if "method" in row:
-                found[tuple(json.dumps(row.get(key)) for key in keys)] = row
-    rows = [row for row in found.values() if _rank(row) or "tokens_per_s" in row]
+    rows = latest([row for path in paths for row in _rows(path)])
     if not any(map(_rank, rows)):
         raise UserError("no row of a CP head: run experiments.cp_heads.evaluate or benchmark first")
     return rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Rows of methods, without those that a later one of the same method and setting replaces."""
+    keys = ("kind", "method", "n", "temperature", "top_k", "top_p", "batch", "source", "device")
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if "method" in row and row.get("kind") not in _OTHER_KINDS:
+            found[tuple(json.dumps(row.get(key)) for key in keys)] = row
+    return [row for row in found.values() if _rank(row) or "tokens_per_s" in row]
 
 
 def _rows(path: pathlib.Path) -> list[Row]:

@@ -123,12 +123,24 @@ def component_log_probs(
             for c in range(config.rank)
         ]
         return jnp.stack(out, axis=-1).reshape(B, F, P, config.rank)
-    z = jnp.stack([head.components(params, config, h, step) for step in range(P)], axis=2)
-    rows = z.reshape(B, F * P * config.rank, h.shape[-1])
-    repeated = jnp.broadcast_to(targets[..., None], (B, F, P, config.rank)).reshape(B, -1)
+    rows, repeated = component_rows(params, config, h, targets)
     weights = head.output_table(params, config, table, 0).astype(h.dtype)
     out = losses.sharded_log_prob(rows, weights, repeated, None, execution, softcap)
     return out.reshape(B, F, P, config.rank)
+
+
+def component_rows(
+    params: HeadParams,
+    config: HeadConfig,
+    h: jax.Array,  # [B, F, D]
+    targets: jax.Array,  # [B, F, P] int32
+) -> tuple[jax.Array, jax.Array]:
+    """Every component's hidden states and targets, in the order [F, P, R]: rows [B, F P R, D] for
+    the unembedding, and [B, F P R]. Not for `direct`, whose tables differ from row to row."""
+    B, F, P = targets.shape
+    z = jnp.stack([head.components(params, config, h, step) for step in range(P)], axis=2)
+    repeated = jnp.broadcast_to(targets[..., None], (B, F, P, config.rank))
+    return z.reshape(B, F * P * config.rank, h.shape[-1]), repeated.reshape(B, -1)
 
 
 def draft_targets(params: HeadParams, targets: jax.Array) -> jax.Array:
@@ -157,6 +169,7 @@ def head_loss(
     states: jax.Array,  # [B, S, D], final-norm states of the rows
     futures: Futures,
     execution: losses.Execution,
+    log_a: jax.Array | None = None,  # [B, F, P, R], where `component_log_probs` is known already
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum, over futures, of what is maximised; and sums for the metrics.
 
@@ -169,15 +182,16 @@ def head_loss(
         log_A = transitions(params, config, h)
         targets = draft_targets(params, futures.targets)
         mask = targets >= 0
-        log_a = component_log_probs(
-            params,
-            config,
-            h,
-            targets,
-            table,
-            draft_execution(params, execution),
-            model.logit_softcap,
-        )
+        if log_a is None:
+            log_a = component_log_probs(
+                params,
+                config,
+                h,
+                targets,
+                table,
+                draft_execution(params, execution),
+                model.logit_softcap,
+            )
         beliefs = forward_beliefs(log_w, log_a, log_A, mask)
     totals = jax.nn.logsumexp(beliefs, axis=-1)
     log_q = jnp.where(mask, totals[..., 1:] - totals[..., :-1], 0.0)

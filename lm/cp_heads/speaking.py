@@ -10,10 +10,11 @@ import numpy as np
 
 from lm import prompting, setup
 from lm.config import SamplingConfig
-from lm.cp_heads import attach, checkpoints, decode
+from lm.cp_heads import attach, checkpoints, decode, tune
 from lm.cp_heads.decode import Statistics
 from lm.cp_heads.drafters import Heads, Target
 from lm.cp_heads.head import HeadConfig, HeadParams
+from lm.cp_heads.tune import Tuned
 from lm.errors import UserError
 from lm.generate import Generation
 
@@ -54,6 +55,17 @@ class Drafting:
             key,
             chunk=chunk,
         )
+
+
+def tuned(drafting: Drafting, choice: Tuned) -> Drafting:
+    """Drafts as `tune` chose; says so where that was for another model, tokenizer or template.
+
+    Raises UserError for a head that the choice is not about.
+    """
+    speaker = drafting.speaker
+    now = tune.hashes(speaker.params, speaker.tokenizer, speaker.template)
+    config, head = tune.fitted(choice, drafting.config, drafting.head, now)
+    return dataclasses.replace(drafting, config=config, head=head)
 
 
 def load(path: pathlib.Path, *, template: str | None = None, dtype: str | None = None) -> Drafting:

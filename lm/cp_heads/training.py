@@ -305,18 +305,30 @@ def metrics(sums: Mapping[str, Any]) -> dict[str, float]:
 
 
 def batch_flops(config: CpConfig, host: Mapping[str, np.ndarray]) -> float:
-    """Model FLOPs of a step: the trunk's, forward only where it is frozen, and the head's products
-    with the vocabulary and its expanders."""
-    model, own = config.model, config.head
+    """Model FLOPs of a step on these rows."""
     until = host["until"].astype(np.int64)
     pairs = int((until - np.arange(until.shape[1])).clip(0).sum())
     edges = int((host["edge_targets"] >= 0).sum())
+    targets = int((host["future_targets"] >= 0).sum())
+    return step_flops(config, until.size, edges, pairs, targets)
+
+
+def step_flops(
+    config: CpConfig, tokens: int, edges: int, pairs: int, targets: int | None = None
+) -> float:
+    """Model FLOPs of a step over so many tokens, trained edges and visible pairs: the trunk's,
+    forward only where it is frozen, and the head's products with the vocabulary and its expanders.
+
+    targets: tokens of all futures; None: of futures that are never cut short.
+    """
+    model, own = config.model, config.head
     frozen = config.loss.mode == "heads"
-    trunk = training_flops(model, until.size, 0 if frozen else edges, pairs)
+    trunk = training_flops(model, tokens, 0 if frozen else edges, pairs)
     if frozen:
-        trunk -= 4 * until.size * trunk_parameters(model)
+        trunk -= 4 * tokens * trunk_parameters(model)
         trunk -= 8 * pairs * model.num_heads * model.head_dim * model.num_layers
-    rows = config.loss.fraction * int((host["future_targets"] >= 0).sum()) * own.rank
+    targets = edges * own.predicted if targets is None else targets
+    rows = config.loss.fraction * targets * own.rank
     products = 4 if config.loss.mode in ("heads", "lora") else 6
     expander = sum(x.size for x in jax.tree.leaves(abstract_head(own, model).get("expander", {})))
     if own.expander == "direct":

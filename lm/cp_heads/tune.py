@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,8 @@ from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import TRANSITIONS, HeadConfig, HeadParams
 from lm.errors import RunError, UserError
 from lm.progress import Progress, say
+from lm.text.chat import ChatTemplate
+from lm.text.tokenizers import Tokenizer
 from lm.workdir import Workdir, environment
 
 FILE = "tuned.json"
@@ -68,19 +70,25 @@ class Tuned:
     speedup: float  # over plain decoding, same run
     hashes: dict[str, str]  # of model, tokenizer and template
 
-    def differences(self, loaded: Loaded, params: transformer.Params) -> list[str]:
+    def differences(self, now: Mapping[str, str]) -> list[str]:
         """Which of model, tokenizer and template are not those that this was tuned for."""
-        now = hashes(loaded.setup, params)
         return [name for name in now if self.hashes.get(name) != now[name]]
 
 
-def hashes(resolved: setup.Setup, params: transformer.Params) -> dict[str, str]:
+def hashes(
+    params: transformer.Params, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> dict[str, str]:
     """Digests of what a choice depends on; `params` in any dtype."""
     return {
         "model": attach.digest(params),
-        "tokenizer": resolved.tokenizer.fingerprint,
-        "template": resolved.template.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "template": template.fingerprint if template is not None else "",
     }
+
+
+def hashes_of(resolved: setup.Setup, params: transformer.Params) -> dict[str, str]:
+    """The same of a run's setup."""
+    return hashes(params, resolved.tokenizer, resolved.template)
 
 
 def load(path: pathlib.Path) -> Tuned:
@@ -95,21 +103,42 @@ def load(path: pathlib.Path) -> Tuned:
         raise UserError(f"{file}: not what experiments.cp_heads.tune writes") from None
 
 
-def apply(tuned: Tuned, loaded: Loaded) -> Loaded:
+def checkpoint_of(tuned: Tuned) -> pathlib.Path:
+    """The head that was chosen. Raises UserError where plain decoding was."""
+    if not tuned.checkpoint:
+        raise UserError(
+            "tuned: plain decoding was fastest, no head was chosen; name a --checkpoint"
+        )
+    return pathlib.Path(tuned.checkpoint)
+
+
+def fitted(
+    tuned: Tuned, config: HeadConfig, head: HeadParams, now: Mapping[str, str]
+) -> tuple[HeadConfig, HeadParams]:
     """The head as it was chosen; says so where it was tuned for something else.
+
+    Args:
+      now: `hashes` of what it is used with.
 
     Raises UserError when the head has another rank or transition, or fewer factors.
     """
-    own = loaded.head_config
-    if (own.rank, own.transition) != (tuned.rank, tuned.transition) or own.predicted < tuned.n:
+    if (config.rank, config.transition) != (tuned.rank, tuned.transition) or (
+        config.predicted < tuned.n
+    ):
         raise UserError(
             f"tuned for a head of rank {tuned.rank}, {tuned.transition}, n={tuned.n}; this one has "
-            f"rank {own.rank}, {own.transition}, n={own.predicted}"
+            f"rank {config.rank}, {config.transition}, n={config.predicted}"
         )
-    different = tuned.differences(loaded, loaded.params)
+    different = tuned.differences(now)
     if different:
         say(f"tuned for another {' and '.join(different)}: tune again for settings that fit")
-    config, head = shortened(own, loaded.head, tuned.n)
+    return shortened(config, head, tuned.n)
+
+
+def apply(tuned: Tuned, loaded: Loaded) -> Loaded:
+    """`fitted` for a checkpoint."""
+    now = hashes_of(loaded.setup, loaded.params)
+    config, head = fitted(tuned, loaded.head_config, loaded.head, now)
     return dataclasses.replace(loaded, head_config=config, head=head)
 
 
@@ -150,7 +179,7 @@ def run(
             params = generate.prepare(loaded.model, loaded.params)
             texts = _prompts(loaded, config, options)
             sampling = dataclasses.replace(config.sampling, temperature=row["temperature"])
-            made_for[row["checkpoint"]] = hashes(loaded.setup, params)
+            made_for[row["checkpoint"]] = hashes_of(loaded.setup, params)
             if not rows:
                 made_for[""] = made_for[row["checkpoint"]]
                 plain = measure(loaded, params, 0, texts, sampling, options)

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank buys, measured on one target: a trunk is trained, every head on it, and all of them are
+compared, in stages that go on where they were.
+
+| stage | what it leaves in the workdir |
+|---|---|
+| trunk | trunk/, draft/: the target and a small model that drafts for it |
+| heads | heads/: every head, and Hydra heads as large as the largest, trained in one step |
+| offline | rows of expected acceptance in eval.jsonl, greedy and sampled |
+| decode | rows of tokens/s in benchmark.jsonl: block by block, each with plain decoding beside it |
+| check | rows of greedy tokens compared with plain decoding, in float32 |
+
+Rows and figures are all that is worth keeping; a trunk need not outlive the machine it was made on.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import generate, hardware, losses, setup, train
+from lm.cp_heads import baselines, checkpoints, evaluate, figures, stages, together, training
+from lm.cp_heads import study_decode as decoding
+from lm.cp_heads.baselines import Hydra
+from lm.cp_heads.config import CpConfig
+from lm.cp_heads.head import HeadConfig
+from lm.cp_heads.stages import Clock
+from lm.cp_heads.study_decode import Trained
+from lm.data import packing
+from lm.errors import UserError
+from lm.flops import training_flops
+from lm.progress import say
+from lm.transformer import Params
+from lm.workdir import Workdir, environment
+
+_SHARE = 0.35  # of a chip's peak that the plan counts on
+_TEXTS = 64  # decoded and measured at once
+_HELD_ROWS = 64  # rows of held-out text that the trunk's own loss is of
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One study: its config and where it works."""
+
+    config: CpConfig
+    workdir: Workdir
+    clock: Clock
+
+    @property
+    def trunk(self) -> Workdir:
+        return Workdir(self.workdir.path / "trunk")
+
+    @property
+    def draft(self) -> Workdir:
+        return Workdir(self.workdir.path / "draft")
+
+    @property
+    def heads(self) -> Workdir:
+        return Workdir(self.workdir.path / "heads")
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """Those of this workdir."""
+        found = [row for name in figures.FILES for row in self.workdir.rows(name)]
+        return [row for row in found if row.get("kind") == kind]
+
+    def add(self, row: dict[str, Any], file: str = "eval.jsonl") -> None:
+        """Appends a row, and what is needed to understand it later."""
+        now = environment()
+        about = {name: now[name] for name in ("command", "commit", "device", "date")}
+        about["jax"] = now["packages"]["jax"]
+        self.workdir.append(file, row | about)
+
+
+STAGES = ("trunk", "heads", "offline", "decode", "check")
+
+
+def run(
+    config: CpConfig, workdir: Workdir, stage: str = "all", minutes: float | None = None
+) -> dict[str, Any]:
+    """Runs a stage, or all that are left, for at most `minutes`: what has ended is not done again,
+    and what has not goes on in the next call.
+
+    Raises UserError, also for a stage whose predecessors are missing, DataError and RunError.
+    """
+    if jax.process_count() > 1:
+        raise UserError("a study runs on one process")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"--minutes={minutes} must be above 0")
+    workdir.create(config)
+    workdir.record(config)
+    study = Study(config, workdir, Clock(minutes))
+    if not (study.trunk.path / "config.json").exists():
+        plan(config)
+    calls: dict[str, Callable[[Study], bool]] = {
+        "trunk": _train_trunk,
+        "heads": _train_heads,
+        "offline": _offline,
+        "decode": decode,
+        "check": check,
+    }
+    done, name = False, stage
+    for name in STAGES if stage == "all" else (stage,):
+        began = time.monotonic()
+        done = calls[name](study)
+        say(f"{name}: {'done' if done else 'to be continued'}, {time.monotonic() - began:.0f} s")
+        if not done:
+            break
+    return {"stage": name, "done": done, **_outcome(study)}
+
+
+def _outcome(study: Study) -> dict[str, Any]:
+    """Rows so far, figures of them, and what they come to."""
+    rows = [row for name in figures.FILES for row in study.workdir.rows(name)]
+    drawn = figures.draw(figures.latest(rows))
+    plots = figures.save(drawn, study.workdir.path / "plots") if drawn else []
+    return {"rows": len(rows), "plots": plots, "summary": decoding.summary(rows)}
+
+
+# --- what is trained
+
+
+def members_of(config: CpConfig) -> dict[str, HeadConfig | Hydra]:
+    """Every head of the study by name.
+
+    Rank 1 is there for the longest length only: factors of independent heads do not depend on each
+    other, so a shorter one is its beginning, and nothing but that.
+    """
+    own, model = config.study, config.model
+    members: dict[str, HeadConfig | Hydra] = {}
+    for length in sorted(own.lengths):
+        for rank in sorted(own.ranks):
+            if rank == 1 and length < max(own.lengths):
+                continue
+            for transition in ("identity", own.hmm) if rank > 1 else ("identity",):
+                one = dataclasses.replace(
+                    config.head, rank=rank, predicted=length, transition=transition
+                )
+                members[evaluate.name_of(one)] = one
+        largest = dataclasses.replace(
+            config.head, rank=max(own.ranks), predicted=length, transition="identity"
+        )
+        shape = jax.eval_shape(
+            lambda key, largest=largest: together.init(key, {"": largest}, model), jax.random.key(0)
+        )
+        size = sum(x.size for x in jax.tree.leaves(shape))
+        members[f"hydra n{length}"] = Hydra(length, baselines.hydra_width(largest, model, size))
+    return members
+
+
+def _of_trunk(config: CpConfig) -> CpConfig:
+    return dataclasses.replace(config, loss=dataclasses.replace(config.loss, mode="trunk"))
+
+
+def _of_draft(config: CpConfig, tokenizer: pathlib.Path) -> CpConfig:
+    """The small model: the trunk's tokens, fewer and narrower layers."""
+    own, model = config.study, config.model
+    heads = max(1, own.draft_dim // model.head_dim)
+    small = dataclasses.replace(
+        model,
+        num_layers=own.draft_layers,
+        embed_dim=own.draft_dim,
+        num_heads=heads,
+        num_kv_heads=heads,
+        mlp_dim=3 * own.draft_dim,
+    )
+    data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    steps = dataclasses.replace(config.train, steps=own.draft_steps)
+    return dataclasses.replace(
+        _of_trunk(config),
+        model=small,
+        data=data if tokenizer.is_dir() else config.data,
+        train=steps,
+    )
+
+
+def _of_heads(config: CpConfig, trunk: Workdir) -> CpConfig:
+    own = config.study
+    options = dataclasses.replace(
+        config.train, steps=own.head_steps, batch_size=own.head_batch, accumulate=1
+    )
+    return dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, mode="heads"),
+        train=options,
+        optimizer=dataclasses.replace(config.optimizer, clip_norm=0.0),
+        data=dataclasses.replace(config.data, tokenizer="auto"),
+        init_from=str(trunk.path),
+    )
+
+
+def plan(config: CpConfig) -> dict[str, float]:
+    """FLOPs of the trainings; says them and, on a known chip, the minutes at 35 % of its peak."""
+    vocab = config.model.vocab_size or int(config.data.tokenizer.partition(":")[2] or 384)
+    model = dataclasses.replace(config.model, vocab_size=vocab)
+    config = dataclasses.replace(config, model=model)
+    length, trunk = config.data.seq_len, _of_trunk(config)
+    found = {}
+    for name, own in (("trunk", trunk), ("draft", _of_draft(config, pathlib.Path()))):
+        tokens = own.train.steps * own.train.batch_size * length
+        found[name] = training_flops(own.model, tokens, tokens, tokens * length / 2)
+    heads = _of_heads(config, Workdir("."))
+    members = members_of(config)
+    found["heads"] = heads.train.steps * together.step_flops(heads, members)
+    chip = hardware.chip()
+    for name, flops in found.items():
+        minutes = f", {flops / (_SHARE * chip.flops) / 60:.1f} minutes" if chip else ""
+        say(f"plan: {name} {flops / 1e15:.2f} PFLOP{minutes}")
+    positions = heads.loss.fraction * heads.train.batch_size * length
+    say(
+        f"plan: {len(members)} heads, {together.rows_of(members)} rows of vocabulary for each of "
+        f"{positions * heads.train.steps / 1e6:.2f} M positions"
+    )
+    return found
+
+
+def _train_trunk(study: Study) -> bool:
+    """The target, then the small model that drafts for it."""
+    jobs = (
+        ("trunk", study.trunk, lambda: _of_trunk(study.config)),
+        (
+            "draft",
+            study.draft,
+            lambda: _of_draft(study.config, study.trunk.path / "tokenizer"),
+        ),
+    )
+    for name, workdir, config_of in jobs:
+        config = config_of()
+        if _trained(study, name, config.train.steps):
+            continue
+        began = time.monotonic()
+        if not stages.train(study.clock, lambda c=config, w=workdir: training.run(c, w)):
+            return False
+        resolved, params, _ = checkpoints.load_run(workdir.path)
+        held = held_out_loss(resolved, params)
+        _note(study, name, workdir, params, began, {"held_out_loss": held})
+    return True
+
+
+def _train_heads(study: Study) -> bool:
+    _require(study, "trunk")
+    config = _of_heads(study.config, study.trunk)
+    if _trained(study, "heads", config.train.steps):
+        return True
+    resolved, _, _ = checkpoints.load_run(study.trunk.path)
+    members = members_of(dataclasses.replace(study.config, model=resolved.model))
+    began = time.monotonic()
+    call = lambda: together.run(config, members, study.heads)  # noqa: E731
+    if not stages.train(study.clock, call):
+        return False
+    made = together.load(study.heads)
+    _note(study, "heads", study.heads, made, began, {"heads": len(made)})
+    return True
+
+
+def _trained(study: Study, name: str, steps: int) -> bool:
+    return any(r["method"] == name and r["steps"] == steps for r in study.rows("training"))
+
+
+def _require(study: Study, *names: str) -> None:
+    """Raises UserError unless these trainings have ended."""
+    for name in names:
+        if not any(row["method"] == name for row in study.rows("training")):
+            stage = "trunk" if name == "draft" else name
+            raise UserError(f"{study.workdir.path}: --stage={stage} comes first")
+
+
+def _note(study: Study, name: str, workdir: Workdir, params: Any, began: float, more) -> None:
+    """The row of a training that has ended."""
+    metrics = workdir.rows("metrics.jsonl")
+    last = {k: v for k, v in metrics[-1].items() if k not in ("step", "grad_norm")}
+    study.add(
+        {
+            "kind": "training",
+            "method": name,
+            "steps": metrics[-1]["step"],
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "seconds_of_last_call": time.monotonic() - began,
+            **last,
+            **more,
+        }
+    )
+
+
+def held_out_loss(resolved: setup.Setup, params: Params) -> float:
+    """Nats per token of held-out text, from its first rows."""
+    model, data = resolved.model, resolved.config.data
+    execution = losses.Execution(valid_vocab=resolved.valid_vocab)
+    rows = setup.text_rows(resolved, "validation", shuffle=False)
+    size = min(resolved.config.train.batch_size, _HELD_ROWS)
+    measured = jax.jit(train.edge_objective(model, execution, "per_token"))
+    total = weight = 0.0
+    params = generate.prepare(model, params)
+    batches = packing.batches(rows, size, data.seq_len)
+    for _, batch in zip(range(-(-_HELD_ROWS // size)), batches, strict=False):
+        value, sums = measured(params, train.to_device(batch, None), jax.random.key(0))
+        total, weight = total - float(value), weight + float(sums["weight"])
+    return total / max(weight, 1.0)
+
+
+# --- what is measured
+
+
+def target_of(study: Study) -> Trained:
+    """Trunk and heads. Raises UserError before everything is trained."""
+    _require(study, "trunk", "draft", "heads")
+    resolved, params, _ = checkpoints.load_run(study.trunk.path)
+    # the heads of the workdir, whatever the config says now
+    config = study.heads.config(CpConfig)
+    members = members_of(dataclasses.replace(config, model=resolved.model))
+    made = together.load(study.heads)
+    return Trained(resolved, params, {name: (one, made[name]) for name, one in members.items()})
+
+
+def _offline(study: Study) -> bool:
+    """Expected acceptance of every head, on texts that the target drew."""
+    target = target_of(study)
+    params = generate.prepare(target.resolved.model, target.params)
+    options = evaluate.Options(prompt_tokens=study.config.study.prompt_tokens, batch_size=_TEXTS)
+    known = {(row["head"], row["temperature"]) for row in study.rows("acceptance")}
+    for temperature in study.config.study.temperatures:
+        sampling = dataclasses.replace(study.config.sampling, temperature=temperature)
+        texts = None
+        for name, (one, _) in target.heads.items():
+            if isinstance(one, Hydra) or (name, temperature) in known:
+                continue
+            if study.clock.left() <= 0:
+                return False
+            texts = texts or _texts(study, target, params, sampling, options)
+            rows = evaluate.measure(target.loaded(name, params), params, texts, sampling, options)
+            lengths = study.config.study.lengths if one.rank == 1 else (one.predicted,)
+            for row in rows:
+                if row["n"] in lengths:
+                    study.add({**row, "head": name, "source": study.config.data.source})
+    return True
+
+
+def _texts(study, target, params, sampling, options) -> evaluate.Texts:
+    """Drawn once: every head is measured on the same."""
+    path = study.workdir.path / f"texts_t{sampling.temperature:g}.npz"
+    if path.exists():
+        with np.load(path) as found:
+            return evaluate.Texts(**found)
+    data = target.resolved.config.data
+    texts = evaluate.texts_of(target.resolved, params, data, sampling, options)
+    with path.open("wb") as file:
+        np.savez(file, **dataclasses.asdict(texts))
+    return texts
+
+
+def decode(study: Study) -> bool:
+    """Tokens per second, block by block: the most telling ones first."""
+    _require(study, "trunk", "draft", "heads")
+    offline = study.rows("acceptance")
+    if not offline:
+        raise UserError(f"{study.workdir.path}: --stage=offline comes first")
+    todo = decoding.blocks(study.config.study, offline)
+    done = {row["block"] for row in study.rows("decode")}
+    todo = [block for block in todo if block.name not in done]
+    if not todo:
+        return True
+    target = target_of(study)
+    draft_setup, draft_params, _ = checkpoints.load_run(study.draft.path)
+    per_method = 0.0
+    for block in todo:
+        # a block that could not end is not begun
+        if study.clock.left() <= per_method * len(block.methods):
+            return False
+        began = time.monotonic()
+        rows = decoding.timed(block, target, (draft_setup.model, draft_params), study.config.study)
+        for row in rows:
+            study.add({**row, "block": block.name}, "benchmark.jsonl")
+        per_method = max(per_method, (time.monotonic() - began) / len(block.methods))
+    return True
+
+
+def check(study: Study) -> bool:
+    """Greedy text of the best heads against plain decoding, token by token."""
+    offline = study.rows("acceptance")
+    if not offline:
+        raise UserError(f"{study.workdir.path}: --stage=offline comes first")
+    target = target_of(study)
+    names = decoding.finalists(study.config.study, offline)
+    wanted = study.config.study.check_tokens
+    rows = study.rows("greedy_check")
+    turn, checked = len(rows), sum(row["tokens_checked"] for row in rows)
+    slowest = 0.0
+    while checked < wanted:
+        if study.clock.left() <= slowest:
+            return False
+        began = time.monotonic()
+        name = names[turn % len(names)]
+        row = decoding.compared(target, name, study.config.study, turn, wanted - checked)
+        study.add({"kind": "greedy_check", "method": name, **row})
+        turn, checked = turn + 1, checked + row["tokens_checked"]
+        slowest = max(slowest, time.monotonic() - began)
+    return True
