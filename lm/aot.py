@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles a whole sharded train step for a TPU topology, on a machine without a TPU."""
 
+import dataclasses
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from lm import flops, hardware, setup, sharding, train, transformer
+from lm import flops, hardware, jobs, setup, sharding, train, transformer
 from lm.config import Config
 from lm.data.layout import EDGE_FIELDS, ROW_FIELDS
 from lm.errors import RunError, UserError
-from lm.losses import Execution
 from ops import dispatch
 
 
@@ -30,19 +30,36 @@ def devices_of(topology: str) -> list[Any]:
         ) from error
 
 
-def lower_step(config: Config, devices: list[Any]) -> tuple[jax.stages.Lowered, int]:
-    """The lowered train step of a config over `devices`, and the number of parameters."""
-    resolved = setup.resolve(config)
-    model, options = resolved.model, config.train
-    mesh = sharding.make(config.mesh, model, devices)
-    execution = Execution(mesh, options.implementation or None, options.remat, resolved.valid_vocab)
-    objective = train.edge_objective(model, execution, options.weighting)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What a train step is made of, in shapes alone."""
+
+    objective: train.Objective
+    trained: Any  # shapes of what a step changes
+    frozen: Any  # and of what it only reads
+    batch: Mapping[str, jax.ShapeDtypeStruct]
+    flops: float  # model FLOPs of a step
+
+
+# of a config with everything resolved, on a mesh
+Problems = Callable[[setup.Setup, sharding.Sharding], Problem]
+
+
+def edges(resolved: setup.Setup, mesh: sharding.Sharding) -> Problem:
+    """Next tokens on edges. Its FLOPs are those of rows that are chains of seq_len tokens, all
+    trained."""
+    config, model = resolved.config, resolved.model
+    execution = jobs.execution_of(resolved, mesh)
     trained, frozen = train.partition(model, transformer.abstract(model)[1])
-    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), frozen)
-    batch = abstract_rows(options.batch_size, config.data.seq_len)
-    with dispatch.target_platform("tpu"):
-        lowered = lower(config, objective, trained, frozen, batch, mesh)
-    return lowered, transformer.count_parameters(model)
+    size, length = config.train.batch_size, config.data.seq_len
+    tokens, pairs = size * length, size * length * (length + 1) // 2
+    return Problem(
+        objective=train.edge_objective(model, execution, config.train.weighting),
+        trained=trained,
+        frozen=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), frozen),
+        batch=abstract_rows(size, length),
+        flops=flops.training_flops(model, tokens, tokens, pairs),
+    )
 
 
 def lower(
@@ -87,11 +104,11 @@ def abstract_rows(batch_size: int, seq_len: int) -> dict[str, jax.ShapeDtypeStru
     }
 
 
-def compile_step(config: Config, topology: str) -> dict[str, Any]:
+def compile_step(config: Config, topology: str, problems: Problems = edges) -> dict[str, Any]:
     """Compiles and reports memory per chip: argument + output - alias + temporaries.
 
-    flops_per_chip are model FLOPs of a step whose rows are chains of seq_len tokens, all trained
-    (the compiler's own count takes a scanned layer once).
+    flops_per_chip are model FLOPs, from formulas (the compiler's own count takes a scanned layer
+    once).
 
     Raises:
       UserError: an unknown topology, or a mesh that does not fit it.
@@ -101,7 +118,13 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     if len(devices) < 2:
         raise UserError(f"topology {topology} has one device: nothing to shard")
     began = time.monotonic()
-    lowered, parameters = lower_step(config, devices)
+    resolved = setup.resolve(config)
+    mesh = sharding.make(config.mesh, resolved.model, devices)
+    problem = problems(resolved, mesh)
+    with dispatch.target_platform("tpu"):
+        lowered = lower(
+            config, problem.objective, problem.trained, problem.frozen, problem.batch, mesh
+        )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -112,15 +135,12 @@ def compile_step(config: Config, topology: str) -> dict[str, Any]:
     chip = hardware.chip(devices[0])
     if chip is None:
         raise UserError(f"no data sheet for {devices[0].device_kind}")
-    tokens = config.train.batch_size * config.data.seq_len
-    pairs = config.train.batch_size * config.data.seq_len * (config.data.seq_len + 1) // 2
-    total = flops.training_flops(setup.resolve(config).model, tokens, tokens, pairs)
     return {
-        "parameters": parameters,
+        "parameters": transformer.count_parameters(resolved.model),
         "chips": len(devices),
         "bytes_per_chip": hardware.compiled_bytes(compiled),
         "hbm_bytes": chip.memory,
-        "flops_per_chip": total / len(devices),
+        "flops_per_chip": problem.flops / len(devices),
         "compile_s": round(seconds, 1),
     }
 

@@ -6,9 +6,9 @@ import os
 import jax
 import pytest
 
-from lm import aot, losses, sharding, train
-from lm.config import LoraConfig, MeshConfig, ModelConfig, TrainConfig
-from lm.cp_heads import futures, training
+from lm import aot, setup, sharding, train
+from lm.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, TrainConfig
+from lm.cp_heads import compiling
 from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import HeadConfig
 from lm.cp_heads.losses import LossConfig
@@ -32,6 +32,7 @@ def config_of(mode, vocab=0, **options):
     )  # fmt: skip
     return CpConfig(
         model=model,
+        data=DataConfig(seq_len=LENGTH),
         train=TrainConfig(batch_size=ROWS, steps=1),
         mesh=MeshConfig(data=2, fsdp=1, tensor=2),
         head=HeadConfig(2, 2, "linear", expander_rank=8, draft_vocab=vocab),
@@ -39,22 +40,17 @@ def config_of(mode, vocab=0, **options):
     )
 
 
-def inputs(config):
-    rows = aot.abstract_rows(ROWS, LENGTH)
-    rows |= futures.abstract_futures(ROWS, LENGTH, config.head.predicted)
-    return training.abstract_trained(config), training.abstract_frozen(config), rows
-
-
-def objective(config, mesh):
-    execution = losses.Execution(mesh, valid_vocab=500)
-    return training.objective(config.model, config.head, config.loss, execution)
+def problem(config, mesh):
+    resolved = setup.Setup(config, config, None, None, valid_vocab=500)
+    return compiling.problem(resolved, mesh)
 
 
 def test_a_tpu_topology():
     config = config_of("joint", vocab=256, fraction=0.25)
     mesh = sharding.make(config.mesh, config.model, aot.devices_of("v5e:2x2"))
+    made = problem(config, mesh)
     with dispatch.target_platform("tpu"):
-        lowered = aot.lower(config, objective(config, mesh), *inputs(config), mesh)
+        lowered = aot.lower(config, made.objective, made.trained, made.frozen, made.batch, mesh)
     memory = lowered.compile().memory_analysis()
     assert 0 < memory.temp_size_in_bytes < 2**30
 
@@ -62,12 +58,12 @@ def test_a_tpu_topology():
 @pytest.mark.skipif(bool(gpu_target.missing()), reason="compile-only packages are missing")
 def test_an_h100():
     config = config_of("lora", lora_layers=1)
-    trained, frozen, rows = inputs(config)
+    made = problem(config, None)
     optimizer = train.make_optimizer(config.optimizer, 1)
-    step = train.make_step(objective(config, None), optimizer, config.train, config.model.dtype)
-    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, 0, None), trained)
+    step = train.make_step(made.objective, optimizer, config.train, config.model.dtype)
+    state = jax.eval_shape(lambda p: train.init_state(p, optimizer, 0, None), made.trained)
     arguments = jax.tree.map(
-        lambda x: gpu_target.abstract("H100", x.shape, x.dtype), (state, frozen, rows)
+        lambda x: gpu_target.abstract("H100", x.shape, x.dtype), (state, made.frozen, made.batch)
     )
     with gpu_target.target("H100"):
         program = gpu_target.compile(jax.jit(step, donate_argnums=0), *arguments)

@@ -98,9 +98,8 @@ def test_stop_tokens_and_the_last_place_are_exact(drafter):
 def test_a_ragged_batch_equals_each_prompt_alone():
     together, _ = run(sampling=DRAWN)
     prompts = counting.prompts_of(LENGTHS)
-    for index in (0, 5):
-        (alone,), _ = run(sampling=DRAWN, prompts=[prompts[index]], indices=[index])
-        assert alone.tokens.tolist() == together[index].tokens.tolist()
+    (alone,), _ = run(sampling=DRAWN, prompts=[prompts[5]], indices=[5])
+    assert alone.tokens.tolist() == together[5].tokens.tolist()
     other, _ = run(sampling=DRAWN, seed=1)
     assert other[0].tokens.tolist() != together[0].tokens.tolist()
 

@@ -196,9 +196,9 @@ def test_tuning_keeps_the_fastest_with_what_it_was_measured_on(config, folder, l
     tuned = tune.load(folder / "tune")
     assert (tuned.checkpoint, tuned.n, tuned.speedup) == ("run", 3, 1.5)
     assert result["chosen"] == dataclasses.asdict(tuned)
-    assert tuned.differences(loaded, loaded.params) == []
+    assert tuned.differences(tune.hashes_of(loaded.setup, loaded.params)) == []
     other = jax.tree.map(lambda x: 2 * x, loaded.params)
-    assert tuned.differences(loaded, other) == ["model"]
+    assert tuned.differences(tune.hashes_of(loaded.setup, other)) == ["model"]
     assert tune.apply(tuned, loaded).head_config == loaded.head_config
     assert tune.apply(dataclasses.replace(tuned, n=2), loaded).head_config.predicted == 2
     with pytest.raises(UserError, match="tuned for a head of rank 3"):
@@ -206,7 +206,7 @@ def test_tuning_keeps_the_fastest_with_what_it_was_measured_on(config, folder, l
 
 
 def test_a_choice_for_another_model_says_so(loaded, capsys):
-    hashes = tune.hashes(loaded.setup, loaded.params) | {"template": "another"}
+    hashes = tune.hashes_of(loaded.setup, loaded.params) | {"template": "another"}
     tuned = tune.Tuned("run", 2, "identity", 2, 1.0, 1.0, hashes)
     tune.apply(tuned, loaded)
     assert "tuned for another template" in capsys.readouterr().err

@@ -116,9 +116,14 @@ def test_a_prefix_mask_marginalises_the_rest():
     params, h, table = setting(config)
     states = jnp.broadcast_to(h, (1, len(EVERY), D))
     targets = jnp.asarray(np.where(np.arange(P) < 2, EVERY, -1))[None]
-    log_a = losses.component_log_probs(params, config, states, targets, table, RUN)
-    log_A = losses.transitions(params, config, states)
-    got = losses.joint_log_prob(head.gate(params, states), log_a, log_A, targets >= 0)[0]
+
+    @jax.jit
+    def masked(params, states, table):
+        log_a = losses.component_log_probs(params, config, states, targets, table, RUN)
+        log_A = losses.transitions(params, config, states)
+        return losses.joint_log_prob(head.gate(params, states), log_a, log_A, targets >= 0)[0]
+
+    got = masked(params, states, table)
     whole = from_loss(params, config, h, table)
     np.testing.assert_allclose(got[:, :2], whole[:, :2], rtol=1e-5)
     assert (np.asarray(got[:, 2]) == 0).all()
@@ -134,7 +139,7 @@ def test_an_hmm_that_never_moves_is_cp():
     def total(log_w, log_a, log_A):
         return losses.joint_log_prob(log_w, log_a, log_A, mask).sum()
 
-    value = jax.value_and_grad(total, (0, 1))
+    value = jax.jit(jax.value_and_grad(total, (0, 1)))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
         value(log_w, log_a, stay),
@@ -151,7 +156,7 @@ def test_gradients_are_responsibilities():
     def total(logits, log_a):
         return losses.joint_log_prob(jax.nn.log_softmax(logits), log_a, None, mask).sum()
 
-    by_gate, by_a = jax.grad(total, (0, 1))(log_w, log_a)
+    by_gate, by_a = jax.jit(jax.grad(total, (0, 1)))(log_w, log_a)
     rho = jax.nn.softmax(log_w + log_a.sum(0))
     np.testing.assert_allclose(by_a, jnp.broadcast_to(rho, (P, 3)), rtol=1e-5)
     np.testing.assert_allclose(by_gate, rho - jnp.exp(log_w), atol=1e-6)
@@ -270,14 +275,12 @@ def test_a_fraction_keeps_the_expected_loss():
     given = losses.Futures(rows, paths, paths, jnp.asarray(weights))
     value = np.asarray(rng.normal(size=80))
     wanted = (weights * value.reshape(2, 40)).sum()
-    draw = jax.jit(lambda key: losses.drawn(key, given, 0.2))
-    seen = []
-    for key in jax.random.split(jax.random.key(0), 300):
-        picked = draw(key)
-        assert picked.weights.shape == (2, 8)
-        assert (np.asarray(picked.weights) > 0).all()
-        np.testing.assert_array_equal(picked.targets[..., 1], picked.rows)
-        seen.append(float((np.asarray(picked.weights) * value[np.asarray(picked.rows)]).sum()))
+    draw = jax.jit(jax.vmap(lambda key: losses.drawn(key, given, 0.2)))
+    picked = jax.device_get(draw(jax.random.split(jax.random.key(0), 300)))
+    assert picked.weights.shape == (300, 2, 8)
+    assert (picked.weights > 0).all()
+    np.testing.assert_array_equal(picked.targets[..., 1], picked.rows)
+    seen = (picked.weights * value[picked.rows]).sum(axis=(1, 2))
     assert abs(np.mean(seen) - wanted) < 4 * np.std(seen) / math.sqrt(len(seen))
     assert losses.drawn(jax.random.key(0), given, 1.0) is given
 
