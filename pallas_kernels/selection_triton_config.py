@@ -20,8 +20,8 @@ class Config:
 
     rows: query rows (window, attend), a power of two from 16.
     block: slots or list entries a step, a power of two from 16.
-    steps: blocks that one program walks (scan); 0 leaves the number of programs to the device's
-      multiprocessors (window, attend: keys are then split until there are enough programs).
+    steps: blocks that one program walks (scan). Elsewhere keys are split until there are
+      `PROGRAMS` of them.
     heads: KV heads that one program walks, block after block (scan).
     """
 
@@ -96,8 +96,8 @@ _ALWAYS = {
     "normalizer": Config(1024, 4),
     "vote": Config(128, 4),  # not above the scan's
     "gather": Config(32, 4),
-    "merge": Config(16, 4),
-    "candidates": Config(32, 4),
+    "merge": Config(16, 4),  # its block is one row
+    "candidates": Config(32, 4),  # gathered_scores
     "one_program": Config(8192, 8),  # top_tokens: the longest row that one program takes
     "count": Config(4096, 8),  # top_tokens: slots a program
 }
