@@ -136,8 +136,10 @@ class Documents(Sequence[Layout]):
         which = rng.randrange(len(self._scales))
         task, scale = self._author.tasks[which], self._scales[which]
         length = int(rng.randint(config.min_length, longest(config, number)) * shrink)
-        room = int((self._seq_len - length) / scale.branch)  # for questions beside the first
-        most = max(1, min(config.questions, 1 + room))
+        most = min(config.questions, 1 + int((self._seq_len - length) / scale.branch))
+        if scale.needle:  # each needs a line of the haystack, and lines that hide it
+            inside = (length - scale.start - scale.branch) / (scale.needle + scale.each)
+            most = min(most, max(1, int(inside)))
         # a third of the documents is asked once, as in evaluation: one needle in its noise
         questions = rng.choice((1, most, most))
         needles = scale.needle * (questions - 1)
