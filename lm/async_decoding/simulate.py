@@ -16,16 +16,15 @@ Name = tuple[int, int]  # (thread, index in it)
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """A token: what it is, where it stands, what it sees (itself included), what it predicts."""
+    """A token: what it is, what it sees (itself included), what it predicts."""
 
     token: int
-    position: int
     sees: frozenset[Name]
     label: int | None
 
 
-def simulate(program: EncodedProgram, scheme: str) -> dict[Name, Simulated]:
-    """Runs the threads of a program under a scheme of positions."""
+def simulate(program: EncodedProgram) -> dict[Name, Simulated]:
+    """Runs the threads of a program: what each of its tokens remembers."""
     main = [*program.prompt.tolist(), *program.main.tolist()]
     offset = len(program.prompt)
     promises = {offset + int(at): k for k, at in enumerate(program.forks)}
@@ -33,28 +32,56 @@ def simulate(program: EncodedProgram, scheme: str) -> dict[Name, Simulated]:
     out: dict[Name, Simulated] = {}
     remembered: set[Name] = set()
     waiting: list[int] = []
-    finish: dict[int, int] = {}  # block -> the position of its last token
-    place, jump = -1, 0  # of the last main token, and what a promise before this one adds
     for index, token in enumerate(main):
         if index in barriers:
-            join = place
-            if scheme == "fork_join_max":
-                join = max([place, *(finish[k] for k in waiting)])
-            elif scheme == "fork_join_sum":
-                join = place + sum(_length(program, k) for k in waiting)
-            place = join
             for k in waiting:
                 remembered |= {(k + 1, j) for j in range(_length(program, k))}
             waiting = []
-        place += 1 + jump
-        jump = 0
         remembered.add((0, index))
         predicts = main[index + 1] if offset - 1 <= index < len(main) - 1 else None
-        out[0, index] = Simulated(token, place, frozenset(remembered), predicts)
+        out[0, index] = Simulated(token, frozenset(remembered), predicts)
+        if index in promises:
+            waiting.append(promises[index])
+            _run_block(program, promises[index], remembered, out)
+    return out
+
+
+def _run_block(
+    program: EncodedProgram, k: int, before: set[Name], out: dict[Name, Simulated]
+) -> None:
+    memory = set(before)
+    block = [*program.openings[k].tolist(), *program.blocks[k].tolist(), program.close]
+    for index, token in enumerate(block):
+        memory.add((k + 1, index))
+        forced = index < len(program.openings[k]) - 1  # what it leads to is put there
+        last = index == len(block) - 1
+        label = None if forced or last else block[index + 1]
+        out[k + 1, index] = Simulated(token, frozenset(memory), label)
+
+
+def positions(program: EncodedProgram, scheme: str) -> dict[Name, int]:
+    """Where each token of a program stands under a scheme."""
+    offset = len(program.prompt)
+    promises = {offset + int(at): k for k, at in enumerate(program.forks)}
+    barriers = {offset + int(at) for at in program.syncs}
+    out: dict[Name, int] = {}
+    waiting: list[int] = []
+    place, jump = -1, 0  # of the last main token, and what a promise before this one adds
+    for index in range(offset + len(program.main)):
+        if index in barriers:
+            if scheme == "fork_join_max":
+                place = max([place, *(out[k + 1, _length(program, k) - 1] for k in waiting)])
+            elif scheme == "fork_join_sum":
+                place += sum(_length(program, k) for k in waiting)
+            waiting = []
+        place += 1 + jump
+        jump = 0
+        out[0, index] = place
         if index in promises:
             k = promises[index]
-            finish[k] = _run_block(program, k, place, remembered, out)
             waiting.append(k)
+            for number in range(_length(program, k)):
+                out[k + 1, number] = place + 1 + number
             if scheme == "predicted":
                 jump = int(program.tokens[k]) + len(program.openings[k]) + 1
             elif scheme == "oracle":
@@ -64,21 +91,6 @@ def simulate(program: EncodedProgram, scheme: str) -> dict[Name, Simulated]:
 
 def _length(program: EncodedProgram, k: int) -> int:
     return len(program.openings[k]) + len(program.blocks[k]) + 1
-
-
-def _run_block(
-    program: EncodedProgram, k: int, promised: int, before: set[Name], out: dict[Name, Simulated]
-) -> int:
-    """Runs a block that forks at position `promised`; returns the position of its last token."""
-    memory = set(before)
-    block = [*program.openings[k].tolist(), *program.blocks[k].tolist(), program.close]
-    for index, token in enumerate(block):
-        memory.add((k + 1, index))
-        forced = index < len(program.openings[k]) - 1  # what it leads to is put there
-        last = index == len(block) - 1
-        label = None if forced or last else block[index + 1]
-        out[k + 1, index] = Simulated(token, promised + 1 + index, frozenset(memory), label)
-    return promised + len(block)
 
 
 def random_program(

@@ -8,7 +8,8 @@ of only what that thread remembers, under a dense mask made of those sets.
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from lm.data.layout import Layout
 from lm.transformer import Params
 from ops.visibility import Visibility
 
+CORRUPTIONS = ("mask", "position", "label")
 LOGIT_TOLERANCE = 1e-4  # float32
 _MULTIPLE = 64  # sequences are padded to it, so that few programs are compiled
 
@@ -58,29 +60,29 @@ def names_of(program: EncodedProgram) -> list[Name]:
     return names
 
 
-def check_structure(
-    program: EncodedProgram, scheme: str, findings: Findings, made: Layout | None = None
-) -> None:
-    """Adds the errors of a program's layout (or of `made`, said to be it) to the findings."""
-    made = layout.layout_of(program, scheme) if made is None else made
-    names, truth = names_of(program), simulate.simulate(program, scheme)
-    missing = len(truth.keys() ^ set(names))
-    findings.visibility_errors += missing
+def check_structure(program: EncodedProgram, made: Layout, findings: Findings) -> None:
+    """Adds what is wrong with who sees whom, and with the labels, of a program's layout."""
+    names, truth = names_of(program), simulate.simulate(program)
+    findings.visibility_errors += len(truth.keys() ^ set(names))
     rows = np.arange(made.length)
     seen = (rows <= rows[:, None]) & (rows[:, None] < made.until)
     seen &= ~((made.hidden_from <= rows[:, None]) & (rows[:, None] < made.hidden_until))
     place = {name: row for row, name in enumerate(names)}
     meant = np.zeros_like(seen)
-    labels = [(place[n], one.label) for n, one in truth.items() if one.label is not None]
     for name, one in truth.items():
         meant[place[name], [place[other] for other in one.sees]] = True
+        findings.label_errors += int(made.tokens[place[name]] != one.token)
     findings.visibility_errors += int((seen != meant).sum())
+    labels = [(place[n], one.label) for n, one in truth.items() if one.label is not None]
     found = zip(made.edge_rows.tolist(), made.edge_targets.tolist(), strict=True)
     findings.label_errors += _differences(labels, list(found))
-    for row, name in enumerate(names):
-        wrong = made.positions[row] != truth[name].position
-        findings.position_errors += int(wrong)
-        findings.label_errors += int(made.tokens[row] != truth[name].token)
+
+
+def check_positions(program: EncodedProgram, scheme: str, made: Layout, findings: Findings) -> None:
+    """Adds the wrong positions of a program's layout."""
+    truth = simulate.positions(program, scheme)
+    expected = [truth[name] for name in names_of(program)]
+    findings.position_errors += int((made.positions != expected).sum())
 
 
 def _differences(wanted: list[tuple], found: list[tuple]) -> int:
@@ -137,12 +139,12 @@ def check_logits(
     params = train.cast(params, config.dtype)
     got = np.asarray(_layout_logits(config, implementation, params, packing.stack([row])))
     place = {name: at for at, name in enumerate(names_of(program))}
-    truth = simulate.simulate(program, scheme)
+    truth, standing = simulate.simulate(program), simulate.positions(program, scheme)
     worst = 0.0
     for thread in range(program.num_blocks + 1):
         own = [name for name in truth if name[0] == thread]
         chosen = sorted(frozenset().union(*(truth[name].sees for name in own)))
-        expected = _alone(config, params, chosen, truth)
+        expected = _alone(config, params, chosen, truth, standing)
         for name in own:
             difference = np.abs(expected[chosen.index(name)] - got[place[name]]).max()
             worst = float("inf") if np.isnan(difference) else max(worst, float(difference))
@@ -150,7 +152,11 @@ def check_logits(
 
 
 def _alone(
-    config: ModelConfig, params: Params, names: list[Name], truth: dict[Name, Simulated]
+    config: ModelConfig,
+    params: Params,
+    names: list[Name],
+    truth: dict[Name, Simulated],
+    standing: dict[Name, int],
 ) -> np.ndarray:
     """Logits [n, V] of some tokens as one sequence, in any order that a mask can state."""
     size = _padded(len(names))
@@ -158,7 +164,7 @@ def _alone(
     mask = np.eye(size, dtype=bool)
     index = {name: at for at, name in enumerate(names)}
     for at, name in enumerate(names):
-        tokens[at], place[at] = truth[name].token, truth[name].position
+        tokens[at], place[at] = truth[name].token, standing[name]
         mask[at, [index[other] for other in truth[name].sees]] = True
     return np.asarray(_dense_logits(config, params, tokens, place, mask))
 
@@ -167,28 +173,47 @@ def _padded(length: int) -> int:
     return -(-length // _MULTIPLE) * _MULTIPLE
 
 
+def corrupted(made: Layout, kind: str) -> Layout:
+    """A layout with one error that has consequences."""
+    name = {"mask": "until", "position": "positions", "label": "edge_targets"}[kind]
+    wrong = getattr(made, name).copy()
+    wrong[0] = 1 if kind == "mask" else wrong[0] + 1
+    return dataclasses.replace(made, **{name: wrong})
+
+
 def verify(
     config: ModelConfig,
     params: Params,
     programs: Iterable[EncodedProgram],
     *,
     random_programs: int,
-    random_logits: int,
+    logits: int,
     seed: int = 0,
     implementation: str | None = None,
+    corrupt: str | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Findings:
-    """Checks the structure of all programs under every scheme, and the logits of the given ones and
-    of `random_logits` random ones under one scheme each, in the config's dtype."""
+    """Checks the structure of all programs under every scheme, and the logits of the first `logits`
+    given and the first `logits` random ones under one scheme each, in the config's dtype.
+
+    corrupt: one of `CORRUPTIONS`, planted in the first program's layouts, which must be found.
+    advance: called after each program.
+    """
     findings = Findings()
     rng = np.random.default_rng(seed)
-    made = [simulate.random_program(rng) for _ in range(random_programs)]
-    given = list(programs)
-    for number, program in enumerate([*given, *made]):
+    made = (simulate.random_program(rng) for _ in range(random_programs))
+    numbered = itertools.chain(enumerate(programs), enumerate(made))
+    for number, program in numbered:
         findings.programs += 1
-        for scheme in positions.SCHEMES:
-            check_structure(program, scheme, findings)
-        if number < len(given) + random_logits:
+        layouts = {scheme: layout.layout_of(program, scheme) for scheme in positions.SCHEMES}
+        if corrupt is not None and findings.programs == 1:
+            layouts = {scheme: corrupted(made, corrupt) for scheme, made in layouts.items()}
+        for scheme, made in layouts.items():
+            check_positions(program, scheme, made, findings)
+        check_structure(program, made, findings)  # the same under every scheme
+        if number < logits:
             scheme = positions.SCHEMES[number % len(positions.SCHEMES)]
             error = check_logits(config, params, program, scheme, implementation)
             findings.thread_logit_error = max(findings.thread_logit_error, error)
+        advance()
     return findings

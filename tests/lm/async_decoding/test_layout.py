@@ -89,10 +89,12 @@ def test_thousands_of_random_programs():
     rng, findings = np.random.default_rng(0), verify.Findings()
     for number in range(2000):
         program = simulate.random_program(rng)
-        verify.check_structure(program, positions.SCHEMES[number % 4], findings)
+        scheme = positions.SCHEMES[number % 4]
+        made = layout.layout_of(program, scheme)
+        verify.check_structure(program, made, findings)
+        verify.check_positions(program, scheme, made, findings)
         if number % 4:
             continue
-        made = layout.layout_of(program, "oracle")
         rows = np.arange(made.length)
         seen = (rows <= rows[:, None]) & (rows[:, None] < made.until)
         seen &= ~((made.hidden_from <= rows[:, None]) & (rows[:, None] < made.hidden_until))
@@ -110,10 +112,9 @@ def test_a_planted_error_is_found(field):
     made = layout.layout_of(PROGRAM, "predicted")
     wrong = getattr(made, field).copy()
     wrong[9] += -8 if field == "until" else 1
-    findings = verify.Findings()
-    verify.check_structure(
-        PROGRAM, "predicted", findings, dataclasses.replace(made, **{field: wrong})
-    )
+    findings, made = verify.Findings(), dataclasses.replace(made, **{field: wrong})
+    verify.check_structure(PROGRAM, made, findings)
+    verify.check_positions(PROGRAM, "predicted", made, findings)
     assert len(findings.problems()) == 1
 
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Async decoding: a model promises parts of its answer and writes them at once (arXiv 2502.11517).
+
+    python -m experiments.async_decoding.train --config=configs/async_decoding.py:PRESET \
+        --workdir=DIR [--config.stage=sft] [--config.threads.form=plain]
+
+smoke  0.1 M, short requests, a trained BPE; seconds on 2 CPU cores: tests, first contact, verify
+demo   0.7 M, requests of three short parts; a few minutes on 2 CPU cores
+colab  20 M, requests of four to eight parts; one small GPU or TPU, meant for under 30 minutes
+       (not measured)
+paper  Gemma 7B's shape and the published SFT: batches of 8, learning rate 1e-5 linear to 0, 4
+       epochs. Give it `init_from`, and annotated answers as data.source: neither is here
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, shapes
+
+
+def get_config(preset: str = "smoke") -> ConfigDict:
+    """The config of a preset; an unknown name lists the known ones."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[preset]()
+
+
+def smoke() -> ConfigDict:
+    """Seconds on a CPU."""
+    config = common.smoke()
+    config.stage = "sft"
+    config.threads = threads = ConfigDict()
+    threads.form = "async"
+    threads.positions = "predicted"
+    threads.recount = True
+
+    config.requests = requests = ConfigDict()
+    requests.kinds = ("sums", "facts", "plan", "linked", "chain")
+    requests.min_parts = 3
+    requests.max_parts = 3
+    requests.min_steps = 1
+    requests.max_steps = 2
+    requests.fields = 3
+    requests.max_number = 9
+    requests.max_operand = 9
+
+    config.model = shapes.model(num_layers=2, embed_dim=64, head_dim=16, mlp_dim=192, qk_norm=True)
+    config.data.source = "requests"
+    config.data.tokenizer = "bpe:600"
+    config.data.limit = 500
+    config.train.weighting = "per_token"
+    config.train.steps = 20
+    return config
+
+
+def demo() -> ConfigDict:
+    """Short requests that a model of a few minutes learns."""
+    config = smoke()
+    config.model = shapes.model(num_layers=3, embed_dim=128, head_dim=32, mlp_dim=384, qk_norm=True)
+    config.requests.max_parts = 4
+    config.requests.min_steps = 2
+    config.requests.max_steps = 3
+    config.requests.fields = 4
+    config.data.limit = 8000
+    config.data.eval_conversations = 64
+    config.train.batch_size = 8
+    config.train.steps = 1000
+    config.train.checkpoint_every = 250
+    config.train.log_every = 20
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 50
+    return config
+
+
+def colab() -> ConfigDict:
+    """One small accelerator: the embedded requests in full."""
+    config = smoke()
+    config.model = shapes.model(
+        num_layers=8,
+        embed_dim=384,
+        num_heads=6,
+        num_kv_heads=6,
+        head_dim=64,
+        mlp_dim=1024,
+        qk_norm=True,
+        dtype="bfloat16",
+    )
+    config.requests.update(
+        min_parts=4, max_parts=8, min_steps=5, max_steps=7, fields=8, max_number=20
+    )
+    config.data.tokenizer = "bpe:1000"
+    config.data.limit = 20000
+    config.data.seq_len = 1024
+    config.data.window = 256
+    config.data.eval_conversations = 256
+    config.train.batch_size = 32
+    config.train.steps = 4000
+    config.train.checkpoint_every = 500
+    config.train.log_every = 20
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    return config
+
+
+def paper() -> ConfigDict:
+    """A 7B model on annotated answers. It needs a pod or 4 GPUs of 80 GB; nothing here was run."""
+    config = smoke()
+    config.model = shapes.model(
+        vocab_size=0,
+        num_layers=28,
+        embed_dim=3072,
+        num_heads=16,
+        num_kv_heads=16,
+        head_dim=256,
+        mlp_dim=24576,
+        activation="gelu_tanh",
+        norm_plus_one=True,
+        scale_embeddings=True,
+        dtype="bfloat16",
+    )
+    config.data.tokenizer = "auto"
+    config.data.limit = 0
+    config.data.seq_len = 2048
+    config.data.window = 256
+    config.train.batch_size = 8
+    config.train.steps = 0
+    config.train.epochs = 4
+    config.train.remat = "full"
+    config.train.checkpoint_every = 500
+    config.optimizer.learning_rate = 1e-5
+    config.optimizer.schedule = "linear"
+    config.optimizer.final_fraction = 0.0
+    config.optimizer.weight_decay = 0.0
+    return config
+
+
+PRESETS = {"smoke": smoke, "demo": demo, "colab": colab, "paper": paper}
