@@ -59,7 +59,7 @@ def check(config: LongContextConfig) -> None:
         raise UserError("train.verify_every checks conversations; there are none here")
     if config.train.weighting == "per_turn" and config.tasks.text_weight:
         raise UserError("train.weighting=per_turn trains answers alone: set tasks.text_weight=0")
-    if config.init_from and config.data.tokenizer.startswith("bpe:"):
+    if config.init_from and config.data.tokenizer != "auto":
         raise UserError("init_from brings a tokenizer of its own: data.tokenizer=auto takes it")
 
 

@@ -252,6 +252,17 @@ def test_what_cannot_be_trained_is_refused(overrides, reason, tmp_path):
         training.run(smoke(**overrides), Workdir(tmp_path / "run"))
 
 
+def test_a_checkpoint_keeps_its_tokenizer(finished, tmp_path):
+    path, config, _ = finished
+    onwards = dataclasses.replace(config, init_from=str(path))
+    with pytest.raises(UserError, match=r"data.tokenizer=auto"):
+        training.run(onwards, Workdir(tmp_path / "run"))
+    data = dataclasses.replace(config.data, tokenizer="auto")
+    resolved = training.resolve(dataclasses.replace(onwards, data=data))
+    kept = training.resolve(config, path / "tokenizer")
+    assert resolved.tokenizer.fingerprint == kept.tokenizer.fingerprint
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
