@@ -42,7 +42,7 @@ def legal(draw):
     return Program(tuple(items), tuple(threads))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(legal())
 def test_texts_and_tokens_read_back(program):
     language.validate(program)
@@ -237,7 +237,7 @@ def check_kept(assembled, written):
     assert all(count > 0 for count in assembled.warnings.values())
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(scraps, st.lists(scraps, max_size=4))
 def test_no_output_loses_text(main, threads):
     check_kept(assembly.assemble_text(main.replace("<|im_end|>", "")), [main])

@@ -87,7 +87,7 @@ def test_an_unknown_scheme_is_refused():
 def test_thousands_of_random_programs():
     """Also the row form: a prefix and a run that ends with the row; one hidden run per key."""
     rng, findings = np.random.default_rng(0), verify.Findings()
-    for number in range(2000):
+    for number in range(1500):
         program = simulate.random_program(rng)
         scheme = positions.SCHEMES[number % 4]
         made = layout.layout_of(program, scheme)
@@ -116,6 +116,20 @@ def test_a_planted_error_is_found(field):
     verify.check_structure(PROGRAM, made, findings)
     verify.check_positions(PROGRAM, "predicted", made, findings)
     assert len(findings.problems()) == 1
+
+
+def test_verify_counts_and_fails():
+    def found(corrupt=None, **options):
+        return verify.verify(
+            MODEL, {}, [PROGRAM], random_programs=5, logits=0, corrupt=corrupt, **options
+        )
+
+    steps = []
+    right = found(advance=lambda: steps.append(1))
+    assert (right.programs, len(steps), right.problems()) == (6, 6, [])
+    for corrupt, field in zip(verify.CORRUPTIONS, ("visibility", "position", "label"), strict=True):
+        (problem,) = found(corrupt).problems()
+        assert field in problem
 
 
 def test_a_program_without_promises_is_a_chain():

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands keep their contracts: the last line, the exit status, one line on bad input."""
+
+import json
+
+import pytest
+
+from configs import async_decoding
+from lm.async_decoding import language
+from lm.async_decoding.config import AsyncConfig
+from lm.config import freeze
+from tests import commands
+
+SMOKE = "--config=configs/async_decoding.py:smoke"
+TINY = (SMOKE, *commands.TINY, "--config.train.steps=2", "--config.train.log_every=1")
+
+
+def test_training_and_its_baseline(tmp_path):
+    flags = (*TINY, "--config.stage=sft", "--config.threads.form=plain", f"--workdir={tmp_path}")
+    result, err = commands.run("async_decoding.train", *flags)
+    assert result.keys() == {"step", "loss", "params_sha256"}
+    assert result["step"] == 2
+    assert "form='plain'" in err
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["threads"]["stage"] == "sft"
+    assert "stage" not in recorded  # other methods' commands read the record, too
+
+
+def test_verification_fails_on_one_error(tmp_path):
+    flags = ("--programs=20", "--logits=0", "--config.data.eval_conversations=4")
+    result, err = commands.run("async_decoding.verify", SMOKE, *flags, "--corrupt=label", status=1)
+    assert result == {
+        "programs": 24,
+        "visibility_errors": 0,
+        "label_errors": 2,
+        "position_errors": 0,
+        "thread_logit_error": 0.0,
+    }
+    assert "check failed: 2 label errors" in err
+
+
+def test_annotated_files_are_trained(tmp_path):
+    file, out = tmp_path / "plain.jsonl", tmp_path / "annotated.jsonl"
+    items = (
+        "Elms shade many an avenue with their leaves in midsummer.",
+        "Oaks live for centuries, feeding jays and squirrels alike.",
+    )
+    answer = "".join(f"- {item}\n" for item in items)
+    messages = [{"role": "user", "content": "Say."}, {"role": "assistant", "content": answer}]
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    result, _ = commands.run("async_decoding.annotate", f"--data={file}", f"--out={out}")
+    assert result["annotated"] == result["answers"] == 1
+    assert result["refused"] == {}
+    content = json.loads(out.read_text())["messages"][1]["content"]
+    assert language.render(language.parse(content)) == answer
+    (tmp_path / "bad.jsonl").write_text(out.read_text().replace("</async>", ""))
+    flags = (*TINY, f"--data={tmp_path / 'bad.jsonl'}", f"--workdir={tmp_path / 'w'}")
+    line = commands.refusal("async_decoding.train", *flags, "--config.data.validation_fraction=0.0")
+    assert "bad.jsonl:1: message 1: at " in line
+    assert "is not closed" in line
+
+
+@pytest.mark.parametrize("preset", async_decoding.PRESETS)
+def test_presets_are_whole(preset):
+    config = freeze(async_decoding.get_config(preset).to_dict(), AsyncConfig)
+    assert config.run().threads.stage == "sft"
