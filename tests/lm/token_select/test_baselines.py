@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every method in the table must do, in the decode loop: read its budget and no more, be
+dense attention where that is everything, and know nothing of the rest of the batch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lm import sharding
+from lm.config import MeshConfig
+from lm.errors import UserError
+from lm.token_select import baselines, decode
+from tests.lm.token_select.small import (
+    MODEL,
+    SELECT,
+    assert_same,
+    dense,
+    params,
+    prompts,
+    run,
+)
+
+BUDGET, WHOLE = 34, 96
+OTHERS = [name for name in baselines.METHODS if name != baselines.DENSE]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_method_keeps_its_budget_whatever_the_batch(name):
+    policy = baselines.build(name, SELECT, BUDGET)
+    got, statistics = run(policy)
+    wanted = [sum(min(n + t, BUDGET) for t in range(1, 12)) for n in map(len, prompts())]
+    np.testing.assert_array_equal(statistics.reads, np.broadcast_to(wanted, (2, 4)))
+    assert statistics.summary(policy)["tokens_read"] == pytest.approx(sum(wanted) / 44)
+    assert any((a.tokens != b.tokens).any() for a, b in zip(got, dense(), strict=True))
+    before = decode.prefill._cache_size(), decode.advance._cache_size()
+    # other lengths beside them, other places, and one that is padding only
+    again, _ = run(policy, texts=[prompts()[3], prompts()[1][:50], prompts()[2]])
+    assert_same([again[0], again[2]], [got[3], got[2]])
+    assert (decode.prefill._cache_size(), decode.advance._cache_size()) == before
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_budget_of_everything_is_dense(name):
+    got, _ = run(baselines.build(name, SELECT, WHOLE))
+    assert_same(got, dense())
+
+
+@pytest.mark.parametrize("name", ["h2o", "infllm"])
+def test_one_by_one(name):
+    policy = baselines.build(name, SELECT, BUDGET)
+    together, _ = run(policy)
+    alone, _ = run(policy, texts=[prompts()[1]])
+    assert_same(alone, together[1:2])
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "infllm", "quest", "h2o", "snapkv", "random"])
+def test_four_devices_equal_one(name):
+    split = sharding.make(MeshConfig(data=2, fsdp=1, tensor=2), MODEL)
+    policy = baselines.build(name, SELECT, BUDGET)
+    weights = jax.device_put(params(), split.params(params()))
+    assert_same(run(policy, weights=weights, sharding=split)[0], run(policy)[0])
+
+
+def test_prompts_are_processed_as_the_config_says():
+    """With a dense prompt the first token is dense attention's; without, the prompt is not read
+    whole."""
+    for name in ("streaming_llm", "infllm", "random"):
+        policy = baselines.build(name, dataclasses.replace(SELECT, prefill="dense"), 18)
+        assert policy.prefill == "dense"
+        assert policy != baselines.build(name, SELECT, 18)
+    select = baselines.build("streaming_llm", SELECT, 18)
+    whole = dataclasses.replace(select, prefill="dense")
+    first = [[float(g.log_probs[0]) for g in run(policy)[0]] for policy in (select, whole)]
+    wanted = [float(g.log_probs[0]) for g in dense()]
+    np.testing.assert_allclose(first[1], wanted, atol=1e-4)
+    assert np.abs(np.subtract(first[0], wanted)[1:]).min() > 1e-3
+
+
+def test_refusals():
+    with pytest.raises(UserError, match=r"unknown method 'sinks'; known: dense, token_select"):
+        baselines.build("sinks", SELECT, 20)
+    with pytest.raises(UserError, match="a budget of 10 tokens leaves nothing to select"):
+        baselines.build("token_select", SELECT, 10)
+    with pytest.raises(UserError, match="it takes no budget of 20 tokens"):
+        baselines.build("dense", SELECT, 20)
+    with pytest.raises(UserError, match="StreamingLLM: of a budget of 11 tokens the 7 newest"):
+        baselines.build("streaming_llm", SELECT, 11)
+    with pytest.raises(UserError, match="SnapKV: of a budget of 7 tokens the 8 newest"):
+        baselines.build("snapkv", SELECT, 7)
+    with pytest.raises(UserError, match="a budget of 80 tokens is above the context of 72"):
+        run(baselines.build("quest", SELECT, 80), capacity=72)
