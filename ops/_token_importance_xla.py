@@ -95,7 +95,7 @@ def token_importance(
     dtype = _stacked.compute_dtype(q, k)
     # [B, K, G * W, H]
     rows = combination.split_heads(q.transpose(0, 1, 3, 2), K).transpose(0, 3, 4, 1, 2)
-    rows = rows.reshape(B, K, -1, H).astype(dtype)
+    rows = rows.reshape(B, K, N // K * W, H).astype(dtype)
 
     def products(first):  # [B, K, G, W, block] float32
         keys = _slots(k, layer, first, block).astype(dtype)
@@ -103,41 +103,58 @@ def token_importance(
         if k_scale is not None:
             factors = _slots(k_scale, layer, first, block).astype(jnp.float32)
             out = out * jnp.swapaxes(factors, 1, 2)[:, :, None]
-        return (scale * out).reshape(B, K, -1, W, block)
+        return (scale * out).reshape(B, K, N // K, W, block)
 
-    def seen_from(first, count=block):  # [B, W, count]
-        slots = first + jnp.arange(count, dtype=jnp.int32)[None, None]
-        return (slots >= begin[:, None, None]) & (slots < end[:, :, None])
-
-    def combined(values, seen, lse):
-        if normalize:
-            base = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
-            values = jnp.exp(jnp.where(seen[:, None, None], values - base, -jnp.inf))
-        if row_weights is not None:
-            values = values * row_weights[:, None, None, :, None]
-        if head_weights is not None:
-            values = values * combination.split_heads(head_weights, K)[None, :, :, None, None]
-        return combination.put_together(values, seen)
-
+    rules = begin, end, row_weights, head_weights
     loop = _Loop(block, S, begin, end)
+    lse = None
     if block == S or W == 1:
         kept = products(0) if block == S else loop.kept(products, (B, K, N // K, W))
-        seen = seen_from(0, S)
-        lse = None
         if normalize or return_lse:
-            lse = jax.nn.logsumexp(jnp.where(seen[:, None, None], kept, -jnp.inf), axis=-1)
-        scores = combined(kept, seen, lse)
+            seen = _seen(begin, end, 0, S)[:, None, None]
+            lse = jax.nn.logsumexp(jnp.where(seen, kept, -jnp.inf), axis=-1)
+        scores = combined(kept, rules, lse if normalize else None, combination)
     else:
-        lse = None
         if normalize or return_lse:
-            lse = loop.log_sum_exp(products, seen_from, (B, K, N // K, W))
+            lse = loop.log_sum_exp(products, (B, K, N // K, W))
+        subtracted = lse if normalize else None
         sizes = {"all": (1, 1), "kv": (K, 1), "query": (K, N // K)}[heads]
-        scores = loop.kept(lambda first: combined(products(first), seen_from(first), lse),
-                           (B, *sizes))  # fmt: skip
+        scores = loop.kept(
+            lambda first: combined(products(first), rules, subtracted, combination, first),
+            (B, *sizes),
+        )
     scores = combination.finish(scores, begin, end, N, 0.0 if normalize else -jnp.inf)
     if not return_lse:
         return scores, None
     return scores, combination.join_heads(lse.transpose(0, 3, 1, 2))
+
+
+def combined(
+    values: jax.Array,  # [B, K, G, W, slots] scaled products
+    rules: tuple[jax.Array | None, ...],  # begin [B], end [B, W], row_weights, head_weights
+    lse: jax.Array | None,  # [B, K, G, W]: normalizes
+    combination: Combination,
+    first: jax.Array | int = 0,
+) -> jax.Array:  # [B, 1 or K, 1 or G, slots]
+    """What rows and heads give together to the slots from `first` on; values of slots that a row
+    does not see may be anything."""
+    begin, end, row_weights, head_weights = rules
+    _, K, _, _, slots = values.shape
+    seen = _seen(begin, end, first, slots)
+    if lse is not None:
+        base = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
+        values = jnp.exp(jnp.where(seen[:, None, None], values - base, -jnp.inf))
+    if row_weights is not None:
+        values = values * row_weights[:, None, None, :, None]
+    if head_weights is not None:
+        values = values * combination.split_heads(head_weights, K)[None, :, :, None, None]
+    return combination.put_together(values, seen)
+
+
+def _seen(begin: jax.Array, end: jax.Array, first: jax.Array | int, number: int) -> jax.Array:
+    """[B, W, number]: which slots from `first` on a row sees."""
+    slots = first + jnp.arange(number, dtype=jnp.int32)[None, None]
+    return (slots >= begin[:, None, None]) & (slots < end[:, :, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +187,12 @@ class _Loop:
 
         return self.run(body, jnp.zeros((*shape, self.num_slots), jnp.float32))
 
-    def log_sum_exp(self, compute, seen_from, shape):
+    def log_sum_exp(self, compute, shape):
         def body(step, state):
             largest, total = state
             first = self.start(step)
             fresh = first + jnp.arange(self.block, dtype=jnp.int32) >= step * self.block
-            seen = seen_from(first) & fresh[None, None]
+            seen = _seen(self.begin, self.end, first, self.block) & fresh[None, None]
             values = jnp.where(seen[:, None, None], compute(first), -jnp.inf)
             before, largest = largest, jnp.maximum(largest, jnp.max(values, axis=-1))
             base = jnp.where(largest == -jnp.inf, 0.0, largest)
