@@ -13,6 +13,7 @@ from ops import dispatch
 from ops.top_tokens import top_tokens
 from pallas_kernels import selection_triton_config as configs
 from pallas_kernels import triton_call
+from tests.ops.op_cases import jit
 from tests.pallas_kernels import triton_interpreter
 
 _PIECES = {"one_program": configs.Config(16, 4), "count": configs.Config(64, 4)}
@@ -30,8 +31,14 @@ def interpreted(request, monkeypatch):
 def compare(scores, k, begin, end):
     scores = jnp.asarray(scores, jnp.float32)
     begin, end = (jnp.asarray(x, jnp.int32) for x in (begin, end))
-    expected = top_tokens(scores, k, begin=begin, end=end, implementation="reference")
-    actual = top_tokens(scores, k, begin=begin, end=end, implementation="triton")
+    expected, actual = (
+        jit(
+            lambda scores, begin, end, implementation=implementation: top_tokens(
+                scores, k, begin=begin, end=end, implementation=implementation
+            )
+        )(scores, begin, end)
+        for implementation in ("reference", "triton")
+    )
     for got, want in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(got, want)
 
