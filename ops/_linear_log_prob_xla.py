@@ -151,7 +151,7 @@ def _terms_fwd(x, w, targets, first, settings):
 
 def _terms_bwd(settings, saved, cotangents):
     x, w, targets, first, lse, (asked_x, asked_w) = saved
-    cotangents = (_instantiated(cotangent, lse) for cotangent in cotangents)
+    cotangents = (instantiated(cotangent, lse) for cotangent in cotangents)
     rows, todo = _chunks(x, targets, settings)
     lse, d_lse, d_target = (_split(values, settings.chunk) for values in (lse, *cotangents))
 
@@ -173,7 +173,7 @@ def _terms_bwd(settings, saved, cotangents):
     return dx, None if dw is None else dw.astype(w.dtype), None, None
 
 
-def _instantiated(cotangent: Any, like: jax.Array) -> jax.Array:
+def instantiated(cotangent: Any, like: jax.Array) -> jax.Array:
     symbolic = isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
     return jnp.zeros_like(like) if symbolic else cotangent
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from ops import (
     _linear_log_prob_reference,
+    _linear_log_prob_tpu,
     _linear_log_prob_triton,
     _linear_log_prob_xla,
     dispatch,
@@ -45,7 +46,8 @@ def linear_log_prob(
         and valid_vocab stay global. Differentiate outside the shard_map, or inside one that checks
         varying axes (the default).
       implementation: a name from `dispatch.IMPLEMENTATIONS`. "reference" keeps the logits; "xla"
-        and "triton" keep those of a chunk of rows and skip chunks that are all padding.
+        and "triton" keep those of a chunk of rows and skip chunks that are all padding;
+        "pallas_tpu" keeps none and takes four products for either form.
 
     Returns:
       Without weights, log_prob [R] float32. With weights, (total, log_prob): the float32 scalar
@@ -64,6 +66,7 @@ def linear_log_prob(
         {
             "reference": _linear_log_prob_reference.linear_log_prob,
             "xla": _linear_log_prob_xla.linear_log_prob,
+            "pallas_tpu": _linear_log_prob_tpu.linear_log_prob,
             "triton": _linear_log_prob_triton.linear_log_prob,
         },
         x,
