@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gathered_scores and rescore_tokens against loops; changed arguments, refusals."""
+"""gathered_scores against loops; changed arguments, refusals."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from ops import dispatch
 from ops.gathered_scores import gathered_scores
-from ops.rescore_tokens import rescore_tokens
 from tests.ops.op_cases import arrays, cpu_mesh, jit
 from tests.ops.op_tolerances import assert_close
 
@@ -79,52 +78,6 @@ def test_every_argument_is_used(implementation):
     for setting in ({"scale": 2.0}, {"gqa": "modulo"}):
         after = run(given, **setting, implementation=implementation)
         assert not np.array_equal(before, after), setting
-
-
-@BOTH
-@pytest.mark.parametrize("by_head", [False, True])
-@pytest.mark.parametrize("gqa", ["grouped", "modulo"])
-def test_rescoring_picks_the_best_votes(implementation, by_head, gqa):
-    given = problem(by_head=by_head, N=4, K=2)
-    lse, weights = arrays(3, (2, 1, 4), (4,))
-    scores = by_loops(*given.values(), 0.5, gqa)
-    votes = np.exp(scores - np.asarray(lse)[:, 0, :, None]) * np.asarray(weights)[:, None]
-    if by_head:
-        heads = np.arange(4) % 2 if gqa == "modulo" else np.arange(4) // 2
-        votes = np.stack([votes[:, heads == head].sum(1) for head in range(2)], 1)
-    else:
-        votes = votes.sum(1)
-    settings = {"scale": 0.5, "gqa": gqa, "implementation": implementation}
-    chosen, found = jit(
-        lambda given, lse, weights: rescore_tokens(
-            given["q"],
-            given["k"],
-            given["indices"],
-            15,
-            counts=given["counts"],
-            lse=lse,
-            head_weights=weights,
-            **settings,
-        )
-    )(given, lse, weights)
-    for place in np.ndindex(given["counts"].shape):
-        count = int(given["counts"][place])
-        number = min(count, 15)
-        best = np.sort(np.argsort(-votes[place][:count], stable=True)[:number])
-        assert found[place] == number
-        expected = np.asarray(given["indices"])[place][best]
-        np.testing.assert_array_equal(chosen[place][:number], expected)
-        assert (chosen[place][number:] == 60).all()
-
-
-def test_rescoring_with_everything_wanted_keeps_all():
-    given = problem()
-    chosen, found = rescore_tokens(
-        given["q"], given["k"], given["indices"], 50, counts=given["counts"], lse=None
-    )
-    np.testing.assert_array_equal(found, given["counts"])
-    for b, count in enumerate(found):
-        np.testing.assert_array_equal(chosen[b][:count], given["indices"][b][:count])
 
 
 def test_refusals():

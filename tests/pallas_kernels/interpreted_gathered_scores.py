@@ -6,11 +6,9 @@ interprets.
 """
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from ops import dispatch
-from ops.rescore_tokens import rescore_tokens
 from pallas_kernels import selection_triton_config as configs
 from pallas_kernels import triton_call
 from tests.ops.op_tolerances import assert_close
@@ -43,15 +41,3 @@ def test_types_and_layers(dtype, key_dtype):
     given = problem(N=7, K=1, H=128, dtype=dtype)
     k = given["k"].astype(key_dtype)
     compare(given | {"k": jnp.stack([0 * k, k])}, layer=1)
-
-
-def test_rescoring():
-    given = problem(N=8, K=2, H=64)
-    lse = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 8)), jnp.float32)
-    arguments = (given["q"], given["k"], given["indices"], 9)
-    actual, expected = (
-        rescore_tokens(*arguments, counts=given["counts"], lse=lse, implementation=implementation)
-        for implementation in ("triton", "reference")
-    )
-    for got, want in zip(actual, expected, strict=True):
-        np.testing.assert_array_equal(got, want)
