@@ -252,6 +252,17 @@ def test_what_cannot_be_trained_is_refused(overrides, reason, tmp_path):
         training.run(smoke(**overrides), Workdir(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_presets_hold_together(name, monkeypatch):
+    monkeypatch.setattr(training, "_BPE_DOCUMENTS", 50)
+    config = freeze(presets.get_config(name).to_dict(), LongContextConfig)
+    training.check(config)
+    assert config.tasks.max_length <= config.data.seq_len
+    resolved = training.resolve(config)
+    made = rows.Documents(config.tasks, 0, resolved.tokenizer, config.data.seq_len)
+    assert made[0].length <= config.data.seq_len
+
+
 def test_a_checkpoint_keeps_its_tokenizer(finished, tmp_path):
     path, config, _ = finished
     onwards = dataclasses.replace(config, init_from=str(path))
