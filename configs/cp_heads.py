@@ -119,7 +119,7 @@ def python_100m() -> ConfigDict:
         num_layers=12,
         embed_dim=768,
         num_heads=12,
-        num_kv_heads=4,
+        num_kv_heads=6,
         head_dim=64,
         mlp_dim=2304,
         qk_norm=True,

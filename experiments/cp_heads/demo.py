@@ -19,7 +19,7 @@ from lm.errors import RunError
 from lm.progress import say
 from lm.workdir import Workdir
 
-HEADS = {"rank1": (1, "identity"), "cp": (4, "identity"), "hmm": (4, "constant")}
+HEADS = {"rank1": (1, "identity"), "cp": (4, "identity"), "hmm": (4, "linear")}
 _STEPS = {"trunk": 120, "heads": 80}
 _PROMPT = 48  # tokens
 _TEXTS = 64

@@ -194,7 +194,8 @@ def _of_heads(config: CpConfig, trunk: Workdir) -> CpConfig:
 
 def plan(config: CpConfig) -> dict[str, float]:
     """FLOPs of the trainings; says them and, on a known chip, the minutes at 35 % of its peak."""
-    vocab = config.model.vocab_size or int(config.data.tokenizer.partition(":")[2] or 384)
+    size = config.data.tokenizer.partition(":")[2]  # of bpe:SIZE; bytes have fewer than 384
+    vocab = config.model.vocab_size or (int(size) if size.isdigit() else 384)
     model = dataclasses.replace(config.model, vocab_size=vocab)
     config = dataclasses.replace(config, model=model)
     length, trunk = config.data.seq_len, _of_trunk(config)
@@ -242,6 +243,7 @@ def _train_trunk(study: Study) -> bool:
 
 def _train_heads(study: Study) -> bool:
     _require(study, "trunk")
+    _check_heads(study)
     config = _of_heads(study.config, study.trunk)
     if _trained(study, "heads", config.train.steps):
         return True
@@ -266,6 +268,20 @@ def _require(study: Study, *names: str) -> None:
         if not any(row["method"] == name for row in study.rows("training")):
             stage = "trunk" if name == "draft" else name
             raise UserError(f"{study.workdir.path}: --stage={stage} comes first")
+
+
+def _check_heads(study: Study) -> None:
+    """Raises UserError when the workdir was made for other heads."""
+    if not (study.heads.path / "config.json").exists():
+        return
+    kept = study.heads.config(CpConfig)
+    for name in ("ranks", "lengths", "hmm"):
+        before, now = getattr(kept.study, name), getattr(study.config.study, name)
+        if before != now:
+            raise UserError(
+                f"{study.heads.path} has heads of study.{name}={before}, the config says {now}: "
+                "take another --workdir"
+            )
 
 
 def _note(study: Study, name: str, workdir: Workdir, params: Any, began: float, more) -> None:
@@ -307,10 +323,9 @@ def held_out_loss(resolved: setup.Setup, params: Params) -> float:
 def target_of(study: Study) -> Trained:
     """Trunk and heads. Raises UserError before everything is trained."""
     _require(study, "trunk", "draft", "heads")
+    _check_heads(study)
     resolved, params, _ = checkpoints.load_run(study.trunk.path)
-    # the heads of the workdir, whatever the config says now
-    config = study.heads.config(CpConfig)
-    members = members_of(dataclasses.replace(config, model=resolved.model))
+    members = members_of(dataclasses.replace(study.config, model=resolved.model))
     made = together.load(study.heads)
     return Trained(resolved, params, {name: (one, made[name]) for name, one in members.items()})
 

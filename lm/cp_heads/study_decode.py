@@ -23,6 +23,7 @@ from lm.transformer import Params
 Row = dict[str, Any]
 _GROUPS = 4  # batches of other prompts that a timed run decodes
 _CHECK_BATCH, _CHECK_NEW = 128, 128  # sequences and tokens of each that are compared at once
+_CHECK_FILES = 1 << 20  # held-out files that their prompts come from: all
 _BASELINES = ("autoregressive", "rank1", "hydra", "draft_model")
 
 
@@ -152,7 +153,10 @@ def compared(trained: Trained, name: str, study: StudyConfig, turn: int, wanted:
     new = min(_CHECK_NEW, study.new_tokens)
     target = Target(model, SamplingConfig(max_new_tokens=new), valid_vocab=resolved.valid_vocab)
     count = min(_CHECK_BATCH, -(-wanted // new))
-    texts = prompts.held_out(resolved, study.prompt_tokens, (turn + 1) * count)[turn * count :]
+    data = dataclasses.replace(resolved.config.data, eval_conversations=_CHECK_FILES)
+    every = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, data=data))
+    first = turn * _CHECK_BATCH
+    texts = prompts.held_out(every, study.prompt_tokens, first + count)[first:]
     with jax.default_matmul_precision("highest"):
         wrong, checked = verify.greedy_mismatches(
             target, trained.params, Heads(config), weights, texts, ()

@@ -76,7 +76,7 @@ def test_cp_heads_demo(tmp_path):
     assert "single_pass" not in page
     rows = {row["method"]: row for row in result["demos"]["cp_heads"]["rows"]}
     first, cp, hmm = rows.values()
-    assert (first["rank"], cp["transition"], hmm["transition"]) == (1, "identity", "constant")
+    assert (first["rank"], cp["transition"], hmm["transition"]) == (1, "identity", "linear")
     for row in (cp, hmm):
         assert row["rank"] == 4
         assert row["expected_tokens_per_call"] > first["expected_tokens_per_call"] + 0.2

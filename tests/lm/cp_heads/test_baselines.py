@@ -140,6 +140,8 @@ def test_benchmark_rows():
     methods = [
         benchmark.Method("autoregressive", Autoregressive(), {}),
         benchmark.Method("cp", Heads(config), counting.head_of(config), {"rank": 3}),
+        benchmark.Method("hydra", Hydra(2, 4), hydra_weights(Hydra(2, 4))),
+        benchmark.Method("draft_model", DraftModel(SMALLER, 1), counting.params_of(SMALLER)),
     ]
     target = Target(counting.MODEL, SamplingConfig())
     options = benchmark.Options(batches=(2,), new_tokens=12, groups=2, repeats=1)
@@ -150,9 +152,9 @@ def test_benchmark_rows():
         lambda count: counting.prompts_of([3, 15, 2, 9])[:count],
         options=options,
     )
-    plain, cp = rows
-    assert [row["method"] for row in rows] == ["autoregressive", "cp"]
-    assert plain["tokens"] == cp["tokens"] == 4 * 11
+    plain, cp, *_ = rows
+    assert [row["method"] for row in rows] == ["autoregressive", "cp", "hydra", "draft_model"]
+    assert all(row["tokens"] == 4 * 11 for row in rows)
     assert plain["trunk_calls"] == 44
     assert plain["tokens_per_call"] == plain["speedup"] == 1
     assert plain["draft_ms"] == 0 < cp["draft_ms"]

@@ -61,9 +61,10 @@ def assert_same(got, wanted):
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-4)
 
 
+TREE = Heads(HMM, chains=3)
 DRAFTERS = {
     "chain": Heads(CP),
-    "tree": Heads(HMM, chains=3),
+    "tree": TREE,
     "nothing": Autoregressive(),
 }
 
@@ -95,12 +96,16 @@ def test_stop_tokens_and_the_last_place_are_exact(drafter):
     assert ended >= 4
 
 
-def test_a_ragged_batch_equals_each_prompt_alone():
-    together, _ = run(sampling=DRAWN)
+def test_a_sequence_does_not_depend_on_its_company():
+    """Others beside it, in other places: the same draws, since they belong to the index."""
+    together, _ = run(TREE, DRAWN)
     prompts = counting.prompts_of(LENGTHS)
-    (alone,), _ = run(sampling=DRAWN, prompts=[prompts[5]], indices=[5])
-    assert alone.tokens.tolist() == together[5].tokens.tolist()
-    other, _ = run(sampling=DRAWN, seed=1)
+    others = counting.prompts_of([5, 2, 12, 16, 3, 4, 1, 9])
+    mixed = [others[0], prompts[5], others[1], prompts[0], *others[2:6]]
+    again, _ = run(TREE, DRAWN, prompts=mixed, indices=[20, 5, 21, 0, 22, 23, 24, 25])
+    assert again[1].tokens.tolist() == together[5].tokens.tolist()
+    assert again[3].tokens.tolist() == together[0].tokens.tolist()
+    other, _ = run(TREE, DRAWN, seed=1)
     assert other[0].tokens.tolist() != together[0].tokens.tolist()
 
 
@@ -192,17 +197,14 @@ def test_unknown_tokens_teach_nothing():
     assert np.abs(belief[1] - factors.log_w[1]).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("drafter", "sampling"), [(Heads(CP), DRAWN), (Heads(HMM, chains=3), LONG)], ids=["cp", "tree"]
-)
-def test_four_devices_equal_one(drafter, sampling):
+def test_four_devices_equal_one():
     split = sharding.make(MeshConfig(data=2, fsdp=1, tensor=2), MODEL)
-    params, weights = counting.params_of(), counting.head_of(drafter.config)
-    one, counted = run(drafter, sampling)
+    params, weights = counting.params_of(), counting.head_of(TREE.config)
+    one, counted = run(TREE, DRAWN)
     four, again = decode.decode(
-        Target(MODEL, sampling, sharding=split),
+        Target(MODEL, DRAWN, sharding=split),
         jax.device_put(params, split.params(params)),
-        drafter,
+        TREE,
         jax.device_put(weights, split.named()),
         counting.prompts_of(LENGTHS),
         (),

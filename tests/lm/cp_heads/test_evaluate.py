@@ -212,16 +212,6 @@ def test_a_choice_for_another_model_says_so(loaded, capsys):
     assert "tuned for another template" in capsys.readouterr().err
 
 
-def test_what_is_timed_was_decoded(config, loaded):
-    options = tune.Options(sequences=2, repeats=1, texts=evaluate.Options(prompt_tokens=16))
-    texts = tune._prompts(loaded, config, options)
-    assert [len(text) for text in texts] == [16, 16]
-    found = tune.measure(loaded, loaded.params, 3, texts, config.sampling, options)
-    assert 2 <= found["tokens"] <= 2 * config.sampling.max_new_tokens
-    assert 1 <= found["tokens_per_call"] <= 3
-    assert found["tokens_per_s"] > 0
-
-
 def test_tune_refusals(config, folder):
     with pytest.raises(UserError, match="--ranks=0 must be at least 1"):
         tune.Options(ranks=(0,))
