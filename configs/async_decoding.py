@@ -5,7 +5,7 @@
         --workdir=DIR [--config.stage=sft] [--config.threads.form=plain]
 
 smoke  0.1 M, short requests, a trained BPE; seconds on 2 CPU cores: tests, first contact, verify
-demo   0.7 M, requests of three short parts; a few minutes on 2 CPU cores
+demo   0.7 M, requests of three or four short parts; 2 CPU cores (not measured)
 colab  20 M, requests of four to eight parts; one small GPU or TPU, meant for under 30 minutes
        (not measured)
 paper  Gemma 7B's shape and the published SFT: batches of 8, learning rate 1e-5 linear to 0, 4

@@ -87,7 +87,8 @@ def layout_of(program: EncodedProgram, scheme: str) -> Layout:
     hidden_from[rows] = places.starts[first[after]]
     hidden_until[rows] = places.ends[promised[after] - 1]
 
-    edges = [(places.main[prompt - 1 : -1], places.main[prompt:])]
+    above = np.full(size, -1, np.int32)  # the row that predicts each row's token
+    above[places.main[prompt:]] = places.main[prompt - 1 : -1]
     for k in range(program.num_blocks):
         start, end = int(places.starts[k]), int(places.ends[k])
         opening = len(program.openings[k])
@@ -97,22 +98,18 @@ def layout_of(program: EncodedProgram, scheme: str) -> Layout:
             hidden_from[start:end], hidden_until[start:end] = end, places.syncs[k]
         else:
             until[start:end] = end
-        edges.append((np.arange(start + opening - 1, end - 1), np.arange(start + opening, end)))
-    predicting, children = (
-        np.concatenate(part).astype(np.int32) for part in zip(*edges, strict=True)
-    )
-    order = np.argsort(children, kind="stable")
-    predicting, children = predicting[order], children[order]
+        above[start + opening : end] = np.arange(start + opening - 1, end - 1)
+    (children,) = np.nonzero(above >= 0)
     count = len(children)
     return Layout(
         tokens=tokens,
         positions=position,
         until=until,
-        edge_rows=predicting,
+        edge_rows=above[children],
         edge_targets=tokens[children],
         edge_weights=np.ones(count, np.float32),
         edge_turn_weights=np.full(count, 1 / count, np.float32),
-        edge_children=children,
+        edge_children=children.astype(np.int32),
         edge_turns=np.zeros(count, np.int32),
         hidden_from=hidden_from,
         hidden_until=hidden_until,
