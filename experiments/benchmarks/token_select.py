@@ -9,12 +9,12 @@ First every implementation has to select and attend as XLA does by the true keys
 then stages are timed: score (products and their log-sum-exp), vote (products into votes),
 importance (both), top_k, select (votes to the list), attend (over the list, keys rotated when
 read), step (select and attend). A step with a shadow picks 1.25 k candidates by the codes and ranks
-them by the true keys; shadows are timed for the first contender. Contenders: triton and xla are ours; published is TokenSelect's formulation
-in plain JAX, dense reads the whole cache; torch and flashinfer where they are installed.
-bandwidth_share is of what a copy reaches in the same run. --out receives token_select.jsonl (a row
-as soon as it is measured), token_select.csv and a plot. The last line is {"rows": [{"stage": ...,
-"tokens": n, "ms": x, "bandwidth_share": x}, ...], ...}; the exit status is 1 when one of ours
-selects or attends to something else.
+them by the true keys; shadows are timed for the first contender. Contenders: triton and xla are
+ours; published is TokenSelect's formulation in plain JAX, dense reads the whole cache; torch and
+flashinfer where they are installed. bandwidth_share is of what a copy reaches in the same run.
+--out receives token_select.jsonl (a row as soon as it is measured), token_select.csv and plots. The
+last line is {"rows": [{"stage": ..., "tokens": n, "ms": x, "bandwidth_share": x}, ...], ...}; the
+exit status is 1 when one of ours selects or attends to something else.
 """
 
 import csv

@@ -106,8 +106,8 @@ def ours(problem: Problem, implementation: str | None) -> dict[str, Timed]:
 
 
 def published(problem: Problem) -> dict[str, Timed]:
-    """The published formulation as plain JAX: products of each head in the type of the keys, softmax
-    over the candidates, their sum over heads, the sorted best."""
+    """The published formulation as plain JAX: products of each head in the type of the keys, their
+    softmax over the candidates, its sum over heads, the sorted best."""
     heads, config = problem.heads, problem.config
     first, last = config.n_init, problem.tokens - config.n_local
 
