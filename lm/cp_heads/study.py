@@ -332,25 +332,45 @@ def target_of(study: Study) -> Trained:
 
 def _offline(study: Study) -> bool:
     """Expected acceptance of every head, on texts that the target drew."""
+    _require(study, "trunk", "draft", "heads")
+    todo = _unmeasured(study)
+    if not todo:
+        return True
     target = target_of(study)
     params = generate.prepare(target.resolved.model, target.params)
     options = evaluate.Options(prompt_tokens=study.config.study.prompt_tokens, batch_size=_TEXTS)
-    known = {(row["head"], row["temperature"]) for row in study.rows("acceptance")}
-    for temperature in study.config.study.temperatures:
+    for name, temperature in todo:
+        if study.clock.left() <= 0:
+            return False
         sampling = dataclasses.replace(study.config.sampling, temperature=temperature)
-        texts = None
-        for name, (one, _) in target.heads.items():
-            if isinstance(one, Hydra) or (name, temperature) in known:
-                continue
-            if study.clock.left() <= 0:
-                return False
-            texts = texts or _texts(study, target, params, sampling, options)
-            rows = evaluate.measure(target.loaded(name, params), params, texts, sampling, options)
-            lengths = study.config.study.lengths if one.rank == 1 else (one.predicted,)
-            for row in rows:
-                if row["n"] in lengths:
-                    study.add({**row, "head": name, "source": study.config.data.source})
+        texts = _texts(study, target, params, sampling, options)
+        one, _ = target.heads[name]
+        rows = evaluate.measure(target.loaded(name, params), params, texts, sampling, options)
+        lengths = study.config.study.lengths if one.rank == 1 else (one.predicted,)
+        for row in rows:
+            if row["n"] in lengths:
+                study.add({**row, "head": name, "source": study.config.data.source})
     return True
+
+
+def _unmeasured(study: Study) -> list[tuple[str, float]]:
+    """Heads and temperatures without a row of acceptance."""
+    known = {(row["head"], row["temperature"]) for row in study.rows("acceptance")}
+    wanted = [
+        (name, temperature)
+        for temperature in study.config.study.temperatures
+        for name, one in members_of(study.config).items()
+        if isinstance(one, HeadConfig)
+    ]
+    return [one for one in wanted if one not in known]
+
+
+def _acceptance(study: Study) -> list[dict[str, Any]]:
+    """The rows of acceptance. Raises UserError unless all are there."""
+    _require(study, "trunk", "draft", "heads")
+    if _unmeasured(study):
+        raise UserError(f"{study.workdir.path}: --stage=offline comes first")
+    return study.rows("acceptance")
 
 
 def _texts(study, target, params, sampling, options) -> evaluate.Texts:
@@ -361,17 +381,16 @@ def _texts(study, target, params, sampling, options) -> evaluate.Texts:
             return evaluate.Texts(**found)
     data = target.resolved.config.data
     texts = evaluate.texts_of(target.resolved, params, data, sampling, options)
-    with path.open("wb") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
         np.savez(file, **dataclasses.asdict(texts))
+    partial.replace(path)
     return texts
 
 
 def decode(study: Study) -> bool:
     """Tokens per second, block by block: the most telling ones first."""
-    _require(study, "trunk", "draft", "heads")
-    offline = study.rows("acceptance")
-    if not offline:
-        raise UserError(f"{study.workdir.path}: --stage=offline comes first")
+    offline = _acceptance(study)
     todo = decoding.blocks(study.config.study, offline)
     done = {row["block"] for row in study.rows("decode")}
     todo = [block for block in todo if block.name not in done]
@@ -394,14 +413,14 @@ def decode(study: Study) -> bool:
 
 def check(study: Study) -> bool:
     """Greedy text of the best heads against plain decoding, token by token."""
-    offline = study.rows("acceptance")
-    if not offline:
-        raise UserError(f"{study.workdir.path}: --stage=offline comes first")
-    target = target_of(study)
-    names = decoding.finalists(study.config.study, offline)
+    offline = _acceptance(study)
     wanted = study.config.study.check_tokens
     rows = study.rows("greedy_check")
     turn, checked = len(rows), sum(row["tokens_checked"] for row in rows)
+    if checked >= wanted:
+        return True
+    target = target_of(study)
+    names = decoding.finalists(study.config.study, offline)
     slowest = 0.0
     while checked < wanted:
         if study.clock.left() <= slowest:

@@ -35,7 +35,7 @@ def source():
     return belief.sum(1)
 
 
-def learnt(transition, steps=100):
+def learnt(transition, steps=200):
     """The expected NLL of two heads after training on every future, weighted by its chance."""
     config = HeadConfig(R, P, transition, "direct")
     schedule = OptimizerConfig(learning_rate=0.03, warmup_steps=5, clip_norm=0.0)
