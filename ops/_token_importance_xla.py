@@ -207,8 +207,13 @@ class _Loop:
 
 def _slots(cache: jax.Array, layer: jax.Array, first: jax.Array, count: int) -> jax.Array:
     """[B, count, ...] of [L, B, S, ...]; no index counts elements, whose number may pass 2^31."""
-    start = (layer, 0, first) + (0,) * (cache.ndim - 3)
+    zero = jnp.int32(0)
+    start = (layer, zero, jnp.int32(first)) + (zero,) * (cache.ndim - 3)
     size = (1, cache.shape[1], count, *cache.shape[3:])
+    if dispatch.current_platform() == "cpu":
+        # XLA slices in float32 there. The barrier ties the cache to this block, or else its
+        # conversion would move out of the loop, over the whole stack.
+        cache, start = jax.lax.optimization_barrier((cache, start))
     return jax.lax.dynamic_slice(cache, start, size)[0]
 
 

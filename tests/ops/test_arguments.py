@@ -16,12 +16,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from ops.cached_attention import cached_attention
+from ops.gathered_attention import gathered_attention
 from ops.linear_log_prob import linear_log_prob
 from ops.masked_attention import masked_attention
+from ops.token_importance import token_importance
+from ops.top_tokens import top_tokens
 from tests.ops.op_cases import arrays, cpu_mesh, jit, visibility
 from tests.ops.op_tolerances import assert_close
-
-STATIC = ("scale", "return_lse", "softcap", "valid_vocab", "vocab_axis", "implementation")
 
 
 def attention_arguments():
@@ -67,7 +68,73 @@ def cache_changes():
     yield from (("scale", 1.5), ("return_lse", True))
 
 
+def importance_arguments():
+    """The second of two layers, of codes with scales, under weights: what every argument acts
+    on."""
+    rng = np.random.default_rng(0)
+    (q,) = arrays(0, (2, 3, 4, 8))
+    codes = jnp.asarray(rng.integers(-100, 100, (2, 2, 10, 2, 8)), jnp.int8)
+    return {
+        "q": q,
+        "k": codes,
+        "k_scale": jnp.asarray(rng.random((2, 2, 10, 2)) * 0.02, jnp.float32),
+        "layer": jnp.int32(1),
+        "begin": jnp.array([1, 0], jnp.int32),
+        "end": jnp.array([[7, 8, 9], [3, 4, 5]], jnp.int32),
+        "row_weights": jnp.array([[1.0, 0.5, 2.0], [1.0, 1.0, 3.0]]),
+        "head_weights": jnp.array([1.0, 2.0, 0.5, 1.0]),
+    }
+
+
+def importance_changes():
+    before = importance_arguments()
+    yield from (("q", before["q"] + 1), ("k", before["k"] // 2), ("layer", jnp.int32(0)))
+    yield from (("k_scale", before["k_scale"] * 2), ("begin", before["begin"] + 1))
+    yield from (("end", before["end"] - 1), ("row_weights", None), ("head_weights", None))
+    yield from (("scale", 1.5), ("normalize", False), ("reduce", "mean"), ("reduce", "max"))
+    yield from (("heads", "kv"), ("heads", "query"), ("gqa", "modulo"), ("return_lse", True))
+
+
+def top_arguments():
+    (scores,) = arrays(0, (2, 20))
+    begin, end = jnp.array([2, 0], jnp.int32), jnp.array([18, 20], jnp.int32)
+    return {"scores": scores, "k": 5, "begin": begin, "end": end}
+
+
+def top_changes():
+    best = jnp.argmax(top_arguments()["scores"][0, 2:18]) + 2
+    yield from (("scores", arrays(1, (2, 20))[0]), ("k", 6))
+    yield from (("begin", jnp.array([best + 1, 0])), ("end", jnp.array([best, 20])))
+
+
+def gathered_arguments():
+    """The second of two layers, with two rotations per entry."""
+    q, k, v, angles = arrays(0, (2, 3, 4, 8), *((2, 2, 10, 2, 8),) * 2, (2, 2, 6, 4))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "layer": jnp.int32(1),
+        "indices": jnp.array([[0, 2, 3, 5, 7, 8], [0, 1, 2, 3, 4, 6]], jnp.int32),
+        "counts": jnp.array([6, 4], jnp.int32),
+        "lengths": jnp.array([10, 5], jnp.int32),
+        "rope": (jnp.cos(angles), jnp.sin(angles)),
+    }
+
+
+def gathered_changes():
+    before = gathered_arguments()
+    cos, sin = before["rope"]
+    yield from ((name, before[name] + 1) for name in ("q", "k", "v", "indices"))
+    yield from (("counts", before["counts"] - 1), ("lengths", before["lengths"] - 3))
+    yield from (("layer", jnp.int32(0)), ("rope", None), ("rope", (cos, -sin)))
+    yield from (("rope", (cos[:1, :1], sin[:1, :1])), ("scale", 1.5), ("return_lse", True))
+
+
 OPS = {
+    token_importance: (importance_arguments, importance_changes, ("xla",)),
+    top_tokens: (top_arguments, top_changes, ("xla",)),
+    gathered_attention: (gathered_arguments, gathered_changes, ("xla",)),
     masked_attention: (attention_arguments, attention_changes, ("xla",)),
     linear_log_prob: (log_prob_arguments, log_prob_changes, ("xla",)),
     cached_attention: (cache_arguments, cache_changes, ("xla",)),
@@ -75,8 +142,10 @@ OPS = {
 
 
 def call(op, implementation, arguments):
-    arrays = {name: value for name, value in arguments.items() if name not in STATIC}
-    static = tuple((name, value) for name, value in arguments.items() if name in STATIC)
+    """Python's own values are static, arrays and pytrees of them are traced."""
+    is_static = lambda value: isinstance(value, (str, int, float))  # noqa: E731
+    arrays = {name: value for name, value in arguments.items() if not is_static(value)}
+    static = tuple((name, value) for name, value in arguments.items() if is_static(value))
     return compiled(op, implementation, static)(arrays)
 
 

@@ -46,6 +46,8 @@ def by_loops(
     """What the op promises, one row, head and slot at a time, in float64."""
     q, k = (np.asarray(x).astype(np.float64) for x in (q, k))
     begin, end = np.asarray(begin), np.asarray(end)
+    row_weights = None if row_weights is None else np.asarray(row_weights)
+    head_weights = None if head_weights is None else np.asarray(head_weights)
     (B, W, N, H), (S, K) = q.shape, k.shape[1:3]
     if k_scale is not None:
         k = k * np.asarray(k_scale).astype(np.float64)[..., None]
@@ -84,10 +86,9 @@ def run(implementation, block, monkeypatch, arguments, **settings):
 
 @cache
 def compiled(implementation, block, settings):
-    """`block` only separates the entries. The reference is not compiled: its parts are shared."""
+    """`block` only separates the entries."""
     op = partial(token_importance, implementation=implementation, return_lse=True, **dict(settings))
-    function = lambda arguments: op(**arguments)  # noqa: E731
-    return function if implementation == "reference" else jit(function)
+    return jit(lambda arguments: op(**arguments))
 
 
 WEIGHTS = {

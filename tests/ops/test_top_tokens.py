@@ -19,7 +19,7 @@ every_way = pytest.mark.parametrize(("implementation", "platform"), WAYS)
 
 
 def by_sorting(scores, k, begin, end):
-    scores = np.asarray(scores, np.float32)
+    scores, begin, end = np.asarray(scores, np.float32), np.asarray(begin), np.asarray(end)
     indices = np.full((*scores.shape[:-1], k), scores.shape[-1])
     counts = np.zeros(scores.shape[:-1], int)
     for at in np.ndindex(counts.shape):

@@ -60,11 +60,14 @@ def problem(T=1, N=4, K=2, B=3, S=40, M=12, H=128, dtype="float32"):
     return {"q": q, "k": k, "v": v, **arguments}
 
 
+def run(implementation, arguments, **settings):
+    settings |= {"return_lse": True, "implementation": implementation}
+    return jit(lambda a: gathered_attention(**a, **settings))(arguments)
+
+
 def compare(arguments, **settings):
-    settings["return_lse"] = True
-    expected = gathered_attention(**arguments, **settings, implementation="reference")
-    settings["implementation"] = "pallas_tpu"
-    actual = jit(lambda a: gathered_attention(**a, **settings))(arguments)
+    expected = run("reference", arguments, **settings)
+    actual = run("pallas_tpu", arguments, **settings)
     assert actual[0].dtype == arguments["q"].dtype
     assert_close(actual, expected, arguments["q"].dtype)
 
@@ -100,7 +103,7 @@ def test_heads_on_several_devices(checked):
     """On two devices: each holds a thread of the host while it waits for the others. The simulation
     mixes what varies over devices with what does not, which the check of those types forbids."""
     arguments = problem(N=8, K=4)
-    expected = gathered_attention(**arguments, implementation="reference")
+    expected = run("reference", arguments)[0]
     heads = P(None, None, "tensor")
     specs = {"q": heads, "k": heads, "v": heads, "indices": P(), "counts": P(), "lengths": P()}
     split = jax.shard_map(
@@ -118,12 +121,11 @@ def test_only_filled_blocks_are_copied(checked):
     arguments = problem(B=1)
     indices = 1 + np.arange(12)[None] % 39
     arguments |= {"counts": jnp.array([8]), "indices": jnp.asarray(indices)}
-    expected = gathered_attention(**arguments, implementation="reference")
+    expected = run("reference", arguments)
     listed = (np.arange(40) > 0) & (np.arange(40) < 9)
     for name in ("k", "v"):
         arguments[name] = jnp.where(listed[None, :, None, None], arguments[name], jnp.nan)
-    actual = jit(lambda a: gathered_attention(**a, implementation="pallas_tpu"))(arguments)
-    assert_close(actual, expected, "float32")
+    assert_close(run("pallas_tpu", arguments), expected, "float32")
 
 
 @pytest.mark.parametrize(

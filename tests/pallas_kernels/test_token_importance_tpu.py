@@ -3,7 +3,6 @@
 and compilation by the real TPU compiler."""
 
 import os
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +54,14 @@ def problem(W=1, N=4, K=2, B=3, S=300, H=128, dtype="float32"):
     return {"q": q, "k": k, "begin": begin, "end": end}
 
 
+def run(implementation, arguments, **settings):
+    settings |= {"return_lse": True, "implementation": implementation}
+    return jit(lambda a: token_importance(**a, **settings))(arguments)
+
+
 def compare(arguments, **settings):
-    settings["return_lse"] = True
-    expected = token_importance(**arguments, **settings, implementation="reference")
-    op = partial(token_importance, **settings, implementation="pallas_tpu")
-    assert_close(jit(lambda a: op(**a))(arguments), expected, "float32")
+    expected = run("reference", arguments, **settings)
+    assert_close(run("pallas_tpu", arguments, **settings), expected, "float32")
 
 
 @pytest.mark.parametrize(
@@ -87,8 +89,9 @@ def test_one_row(settings, checked):
     compare(arguments, **settings)
 
 
-@pytest.mark.parametrize("W", [1, 2])
-@pytest.mark.parametrize(("codes", "scales"), [("int8", "bfloat16"), ("float8_e4m3fn", "float32")])
+@pytest.mark.parametrize(
+    ("W", "codes", "scales"), [(1, "int8", "bfloat16"), (2, "float8_e4m3fn", "float32")]
+)
 def test_shadow_keys_of_a_stack(W, codes, scales, checked):
     """bfloat16 queries; codes of 8 bits are exact in bfloat16."""
     arguments = problem(W, dtype="bfloat16")
@@ -102,7 +105,7 @@ def test_heads_on_several_devices(checked):
     """On two devices: each holds a thread of the host while it waits for the others. The simulation
     mixes what varies over devices with what does not, which the check of those types forbids."""
     arguments = problem(N=8, K=4)
-    expected = token_importance(**arguments, implementation="reference")
+    expected = run("reference", arguments)[0]
     heads = P(None, None, "tensor")
     specs = {"q": heads, "k": heads, "begin": P(), "end": P()}
     split = jax.shard_map(
@@ -119,12 +122,11 @@ def test_only_blocks_in_the_range_are_read(checked):
     """Keys of the blocks before and behind it are NaN."""
     arguments = problem(B=1, S=600)
     arguments["begin"], arguments["end"] = jnp.array([140]), jnp.array([[250]])
-    expected = token_importance(**arguments, implementation="reference")
+    expected = run("reference", arguments)
     slots = jnp.arange(600)[None, :, None, None]
     outside = (slots < 128) | (slots >= 256)
     arguments["k"] = jnp.where(outside, jnp.nan, arguments["k"])
-    actual = jit(lambda a: token_importance(**a, implementation="pallas_tpu"))(arguments)
-    assert_close(actual, expected, "float32")
+    assert_close(run("pallas_tpu", arguments), expected, "float32")
 
 
 @pytest.mark.parametrize(
