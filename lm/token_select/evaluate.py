@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reading less costs: tasks by length by method at equal budgets, or the user's own prompts.
+
+Every method answers the same samples greedily. A row says how many answers are right, how far they
+agree with dense attention's, and what was read; differences are paired by sample. Rows go to
+eval.jsonl and what they were made from to answers.jsonl, so that a run that was cut off, or is
+asked for more, goes on.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import setup, tables, tuned
+from lm.config import SamplingConfig, require_positive
+from lm.errors import UserError
+from lm.long_context import evaluate, quality, samples, tasks
+from lm.long_context.evaluate import Questions
+from lm.progress import Progress, say
+from lm.prompting import Speaker
+from lm.token_select import baselines, choice, decode, speaking
+from lm.token_select.config import SelectConfig, TokenSelectConfig
+from lm.token_select.decode import Program
+from lm.token_select.policy import Policy
+from lm.workdir import Workdir
+
+KIND = "long_context"
+GOOD = 0.8  # of dense attention, from which its share is asked for
+_ANSWERS = "answers.jsonl"
+_SHOWN = ("task", "length", "method", "budget", "accuracy", "agreement", "edit_distance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Tokens that a step may read: a number or a share of the context, altogether or ("k=") beside
+    the first and the recent ones."""
+
+    text: str
+    value: float
+    share: bool
+    beside: bool
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Of "512", "5%", "k=256" or "k=5%". Raises UserError."""
+        match = re.fullmatch(r"(k=)?(\d+(?:\.\d+)?)(%?)", text.strip())
+        if match is None or (not match[3] and "." in match[2]) or not float(match[2]):
+            raise UserError(f"--budgets={text!r}: expected tokens, or a share such as 5% or k=5%")
+        value = float(match[2])
+        if match[3] and value > 100:
+            raise UserError(f"--budgets={text!r}: a share is at most 100%")
+        return cls(text.strip(), value, bool(match[3]), bool(match[1]))
+
+    def total(self, select: SelectConfig, length: int) -> int:
+        """select.n_init + k + n_local in a context of `length`."""
+        tokens = max(1, round(self.value / 100 * length)) if self.share else int(self.value)
+        return tokens + (select.n_init + select.n_local if self.beside else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared, and on what.
+
+    methods: of `baselines.METHODS`; dense attention is always measured.
+    budgets: () takes the config's own.
+    tasks, lengths, samples: () and 0 take those of the config's `tasks`; not with `data`.
+    data: a file of prompts instead (`lm.long_context.evaluate.read`), with `max_new_tokens` each in
+      a context of `capacity` (None: what the longest takes).
+    chat: through the checkpoint's template; None: for a Hugging Face directory that has one.
+    tuned: a workdir of `tune` or its tuned.json: settings in place of the config's.
+    timed: also measure latency, on the first batch of each row; None: with `data`.
+    """
+
+    methods: tuple[str, ...] = tuple(baselines.METHODS)
+    budgets: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    samples: int = 0
+    seeds: tuple[int, ...] = (0,)
+    data: str = ""
+    max_new_tokens: int = 128
+    capacity: int | None = None
+    chat: bool | None = None
+    timed: bool | None = None
+    batch_size: int = 8
+    tuned: str = ""
+    dtype: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        unknown = [name for name in self.methods if name not in baselines.METHODS]
+        if unknown:
+            raise UserError(f"unknown method {unknown[0]!r}; known: {', '.join(baselines.METHODS)}")
+        if not self.seeds:
+            raise UserError("--seeds: at least one is needed")
+        for name in ("max_new_tokens", "batch_size"):
+            require_positive(f"--{name}", getattr(self, name))
+        for length in self.lengths:
+            require_positive("--lengths", length)
+        if self.samples < 0:
+            raise UserError(f"--samples={self.samples} must be at least 1")
+        made = self.tasks or self.lengths or self.samples or self.seeds != (0,)
+        if self.data and made:
+            raise UserError("--data brings its own prompts: no tasks, lengths, samples or seeds")
+        if self.capacity is not None and not self.data:
+            raise UserError("--capacity is of --data; samples of tasks have --lengths")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One set of questions, written down before it is made."""
+
+    name: str
+    length: int
+    seed: int
+    count: int
+    about: Mapping[str, Any]  # whatever else decides the questions
+    make: Callable[[], Questions]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.length}" + (f" seed {self.seed}" if self.seed else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A method at a budget on a cell."""
+
+    method: str
+    budget: int | None  # None: dense
+    policy: Policy
+    key: str  # digest of everything that decides the row
+
+
+def run(
+    config: TokenSelectConfig,
+    path: pathlib.Path,
+    options: Options = Options(),
+    workdir: Workdir | None = None,
+) -> dict[str, Any]:
+    """Measures what is not in the workdir yet, and compares.
+
+    workdir: where rows are kept; None: the run that `path` is, none for a Hugging Face directory.
+
+    Returns:
+      `rows`; `summary`, per budget the first method (dense aside) against each other; and of that
+      method at the first budget, means over all rows: `agreement`, `edit_distance`, `accuracy`, and
+      `share_of_dense`, the smallest share of dense accuracy where that is at least 80 % (None:
+      nowhere).
+
+    Raises UserError and DataError.
+    """
+    if jax.process_count() > 1:
+        raise UserError("evaluate runs on one process")
+    judge = opened(config, path, options, workdir)
+    budgets = options.budgets or (str(judge.config.select.budget),)
+    budgets = tuple(map(Budget.parse, budgets))
+    cells = list(judge.cells())
+    # whatever is refused is refused before anything is measured
+    plans = [judge.plan(cell, budgets) for cell in cells]
+    pairs = zip(cells, plans, strict=True)
+    made = [cell.make() if judge.missing(plan) else None for cell, plan in pairs]
+    found = [judge.measure(*one) for one in zip(cells, plans, made, strict=True)]
+    rows = list({row["key"]: row for one in found for row, _ in one.values()}.values())
+    say("\n" + tables.text(tables.table(rows, columns=_SHOWN)))
+    return {"rows": rows, **summary(judge.config.select, options, budgets, cells, found)}
+
+
+def opened(
+    config: TokenSelectConfig,
+    path: pathlib.Path,
+    options: Options,
+    workdir: Workdir | None = None,
+) -> "Judge":
+    """A checkpoint to judge methods on. Raises UserError."""
+    speaker = speaking.load(path, config.select, dtype=options.dtype).speaker
+    hf = setup.is_hf(path)
+    if workdir is None and not hf:
+        workdir = Workdir(path)
+    chat = options.chat
+    chat = (hf and speaker.template is not None) if chat is None else chat
+    return Judge(config, options, speaker, str(path), chat, workdir)
+
+
+class Judge:
+    """A checkpoint with what it takes to judge methods on it."""
+
+    def __init__(
+        self,
+        config: TokenSelectConfig,
+        options: Options,
+        speaker: Speaker,
+        checkpoint: str = "",
+        chat: bool = False,
+        workdir: Workdir | None = None,
+    ):
+        self.options, self.speaker = options, speaker
+        self.checkpoint, self.chat, self.workdir = checkpoint, chat, workdir
+        self.hashes = tuned.hashes(speaker.params, speaker.tokenizer, speaker.template)
+        if options.tuned:
+            found = choice.read(pathlib.Path(options.tuned))
+            select = choice.apply(found, config.select, self.hashes)
+            config = dataclasses.replace(config, select=select)
+        self.config = config
+        self._answers, self._rows = {}, {}
+        if workdir is not None:
+            self._answers = {x["key"]: x for x in workdir.rows(_ANSWERS)}
+            self._rows = {x["key"]: x for x in workdir.rows("eval.jsonl") if "key" in x}
+
+    def cells(self) -> Iterator[Cell]:
+        """All sets of questions. Raises UserError for unknown tasks."""
+        options, config = self.options, self.config.tasks
+        if options.data:
+            yield self._file(pathlib.Path(options.data))
+            return
+        found = [tasks.find(name) for name in options.tasks or config.names]
+        essay = samples.read_essay(pathlib.Path(config.haystack)) if config.haystack else ()
+        count = options.samples or config.eval_samples
+        for task in found:
+            samples.check_essay(task, essay if task.essay != "no" else ())
+            about = {"essay": evaluate.fingerprint(essay) if task.essay != "no" else ""}
+            for length in options.lengths or config.eval_lengths:
+                for seed in options.seeds:
+                    arguments = self.speaker, task, length, count, seed
+
+                    def make(arguments=arguments) -> Questions:
+                        return evaluate.of_task(*arguments, chat=self.chat, essay=essay)
+
+                    yield Cell(task.name, length, seed, count, about, make)
+
+    def _file(self, path: pathlib.Path) -> Cell:
+        options = self.options
+        made = evaluate.of_file(
+            self.speaker,
+            path,
+            options.max_new_tokens,
+            chat=self.chat,
+            capacity=options.capacity,
+        )
+        ids = [prompt.tolist() for prompt in made.prompts]
+        about = {"prompts": evaluate.fingerprint([ids, made.outputs]), "new": made.new_tokens}
+        return Cell(made.name, made.length, 0, len(ids), about, lambda: made)
+
+    def plan(self, cell: Cell, budgets: Sequence[Budget]) -> dict[tuple[str, int | None], Asked]:
+        """What is measured on a cell, dense first. Raises UserError: a budget above the context,
+        or too small for a method."""
+        wanted: list[tuple[str, int | None]] = [(baselines.DENSE, None)]
+        for budget in budgets:
+            total = budget.total(self.config.select, cell.length)
+            if total > cell.length:
+                raise UserError(
+                    f"a budget of {total} tokens ({budget.text}) is above the context of "
+                    f"{cell.length}"
+                )
+            names = (name for name in self.options.methods if name != baselines.DENSE)
+            wanted += [(name, total) for name in names]
+        return {pair: self._asked(cell, *pair) for pair in wanted}
+
+    def _asked(self, cell: Cell, name: str, budget: int | None) -> Asked:
+        policy = baselines.build(name, self.config.select, budget)
+        policy.check(self.speaker.model, None, cell.length)
+        options = self.options
+        key = evaluate.fingerprint(
+            {
+                "cell": [cell.name, cell.length, cell.seed, cell.count, cell.about, self.chat],
+                "method": [name, repr(policy)],
+                "hashes": self.hashes,
+                "dtype": self.speaker.model.dtype,
+                "implementation": options.implementation,
+                "batch": options.batch_size if self.timed else 0,
+                "timed": self.timed,
+            }
+        )
+        return Asked(name, budget, policy, key)
+
+    @property
+    def timed(self) -> bool:
+        return bool(self.options.data) if self.options.timed is None else self.options.timed
+
+    def missing(self, plan: Mapping[tuple[str, int | None], Asked]) -> list[Asked]:
+        """What was not finished before."""
+        done = self._rows.keys() & self._answers.keys()
+        return [asked for asked in plan.values() if asked.key not in done]
+
+    def measure(
+        self,
+        cell: Cell,
+        plan: Mapping[tuple[str, int | None], Asked],
+        questions: Questions | None,  # needed only where something is missing
+    ) -> dict[tuple[str, int | None], tuple[dict[str, Any], dict[str, Any]]]:
+        """(row, answers) of everything planned, of what was finished before as it was."""
+        missing = self.missing(plan)
+        if missing:
+            dense = plan[baselines.DENSE, None]
+            with Progress(cell.label, len(missing) * cell.count) as progress:
+                for asked in missing:
+                    self._measure(questions, asked, dense, progress)
+        return {pair: (self._rows[x.key], self._answers[x.key]) for pair, x in plan.items()}
+
+    def _measure(
+        self, questions: Questions, asked: Asked, dense: Asked, progress: Progress
+    ) -> None:
+        """Dense comes first: the others are compared with it."""
+        answers = evaluate.ask(
+            self.method(asked.policy), questions, self.options.batch_size, progress
+        )
+        tokens = [ids.tolist() for ids in answers.tokens]
+        scores = evaluate.scores(questions, self.speaker, answers)
+        wanted = tokens if asked is dense else self._answers[dense.key]["tokens"]
+        pairs = [tuple(map(np.array, pair)) for pair in zip(tokens, wanted, strict=True)]
+        made = {
+            "key": asked.key,
+            "scores": scores,
+            "agreement": [quality.agreement(*pair) for pair in pairs],
+            "edit_distance": [quality.edit_distance(*pair) for pair in pairs],
+            "tokens": tokens,
+        }
+        row = self._row(questions, asked, made, answers.reads)
+        if scores is not None and asked is not dense:
+            apart = quality.difference(scores, self._answers[dense.key]["scores"])
+            row |= {"to_dense": apart.mean, "to_dense_ci95": list(apart.ci95)}
+        if self.timed:
+            row |= self._timing(questions, asked.policy)
+        self._answers[asked.key], self._rows[asked.key] = made, row
+        if self.workdir is not None:
+            self.workdir.append(_ANSWERS, made)
+            self.workdir.append("eval.jsonl", row)
+
+    def _row(
+        self, questions: Questions, asked: Asked, made: Mapping[str, Any], reads: np.ndarray
+    ) -> dict[str, Any]:
+        scores = made["scores"]
+        longest = max(len(prompt) for prompt in questions.prompts)
+        return {
+            "kind": KIND,
+            "task": questions.name,
+            "length": questions.length,
+            "method": asked.method,
+            "budget": questions.length if asked.budget is None else asked.budget,
+            "accuracy": None if scores is None else float(np.mean(scores)),
+            "agreement": float(np.mean(made["agreement"])),
+            "ci95": None if scores is None else list(quality.interval(scores)),
+            "agreement_ci95": list(quality.interval(made["agreement"])),
+            "edit_distance": float(np.mean(made["edit_distance"])),
+            "tokens_read": None if np.isnan(reads).all() else float(np.nanmean(reads)),
+            "samples": len(questions.prompts),
+            "longest_prompt": longest,
+            "seed": questions.seed,
+            "checkpoint": self.checkpoint,
+            "key": asked.key,
+        }
+
+    def method(self, policy: Policy) -> evaluate.Continue:
+        """A policy as something that continues prompts, greedily."""
+        speaker = self.speaker
+
+        def method(prompts, new_tokens, capacity, numbers):
+            made, statistics = decode.decode(
+                speaker.model,
+                speaker.params,
+                prompts,
+                SamplingConfig(max_new_tokens=new_tokens),
+                policy,
+                speaker.stop_ids,
+                jax.random.key(0),
+                implementation=self.options.implementation,
+                valid_vocab=speaker.valid_vocab,
+                capacity=capacity,
+                indices=numbers,
+            )
+            steps = np.where(statistics.steps > 0, statistics.steps, np.nan)
+            return made, statistics.reads.mean(axis=0) / steps
+
+        return method
+
+    def _timing(self, questions: Questions, policy: Policy) -> dict[str, float]:
+        """Of the first batch; every sequence generates all its tokens."""
+        speaker = self.speaker
+        sampling = SamplingConfig(max_new_tokens=questions.new_tokens)
+        program = Program(
+            speaker.model,
+            sampling,
+            policy,
+            implementation=self.options.implementation,
+            valid_vocab=speaker.valid_vocab,
+        )
+        prompts = questions.prompts[: self.options.batch_size]
+        timing = decode.measure(
+            program, speaker.params, prompts, jax.random.key(0), questions.length
+        )
+        return timing.summary(len(prompts))
+
+
+def summary(
+    select: SelectConfig,
+    options: Options,
+    budgets: Sequence[Budget],
+    cells: Sequence[Cell],
+    found: Sequence[Mapping[tuple[str, int | None], tuple[dict[str, Any], dict[str, Any]]]],
+) -> dict[str, Any]:
+    """What `run` returns beside the rows."""
+    names = [name for name in options.methods if name != baselines.DENSE]
+    first, compared = (names or [baselines.DENSE])[0], []
+    kind = "scores" if found[0][baselines.DENSE, None][1]["scores"] is not None else "agreement"
+
+    def of(method: str, budget: Budget, kind: str) -> dict[str, list[float]]:
+        made = {}
+        for cell, one in zip(cells, found, strict=True):
+            total = None if method == baselines.DENSE else budget.total(select, cell.length)
+            made[cell.label] = one[method, total][1][kind]
+        return made
+
+    for budget in budgets if names else ():
+        mine = of(first, budget, kind)
+        for other in (baselines.DENSE, *names[1:]):
+            theirs = of(other, budget, kind)
+            pairs = {label: (mine[label], theirs[label]) for label in mine}
+            about = {"budget": budget.text, "method": first, "against": other}
+            about["of"] = "accuracy" if kind == "scores" else "agreement"
+            compared.append(about | quality.against(pairs))
+    out: dict[str, Any] = {"summary": compared, "method": first, "accuracy": None}
+    for name in ("agreement", "edit_distance"):
+        out[name] = _mean(of(first, budgets[0], name))
+    out["share_of_dense"] = None
+    if kind == "scores":
+        mine, dense = of(first, budgets[0], kind), of(baselines.DENSE, budgets[0], kind)
+        out["accuracy"] = _mean(mine)
+        pairs = {label: (mine[label], dense[label]) for label in mine}
+        out["share_of_dense"] = quality.least_share(pairs, GOOD)
+    return out
+
+
+def _mean(cells: Mapping[str, Sequence[float]]) -> float:
+    return float(np.mean([np.mean(values) for values in cells.values()]))

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that were found for one model, tokenizer and template, kept with digests of the three:
+whoever uses them for others is told."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import transformer
+from lm.errors import UserError
+from lm.text.chat import ChatTemplate
+from lm.text.tokenizers import Tokenizer
+from lm.workdir import Workdir, environment
+
+FILE = "tuned.json"
+_SAMPLED = 4096  # numbers of each parameter, evenly spread
+
+
+def hashes(
+    params: transformer.Params, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> dict[str, str]:
+    """Digests of what settings depend on; of parameters in any dtype."""
+    return {
+        "model": digest(params),
+        "tokenizer": tokenizer.fingerprint,
+        "template": "" if template is None else template.fingerprint,
+    }
+
+
+def digest(params: transformer.Params) -> str:
+    """Of a sample of every parameter in bfloat16: the same for an export in another dtype."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        numbers = jnp.ravel(leaf)[:: max(leaf.size // _SAMPLED, 1)].astype(jnp.bfloat16)
+        found.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
+        found.update(np.asarray(numbers).tobytes())
+    return found.hexdigest()
+
+
+def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Which of model, tokenizer and template are not those of then."""
+    return [name for name in now if then.get(name) != now[name]]
+
+
+def write(workdir: Workdir, chosen: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
+    """tuned.json of a workdir: the choice, what it was chosen from, and where. Raises RunError."""
+    env = environment()
+    about = {name: env[name] for name in ("commit", "device", "num_devices", "date")}
+    result = {"chosen": chosen, "rows": rows, "environment": about}
+    workdir.write(FILE, json.dumps(result, indent=2) + "\n")
+
+
+def read(path: pathlib.Path, command: str) -> dict[str, Any]:
+    """The choice in a file, or in tuned.json of a workdir.
+
+    command: what writes it, for the message. Raises UserError.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        chosen = json.loads(file.read_text(encoding="utf-8"))["chosen"]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; {command} writes it") from None
+    except (ValueError, KeyError, TypeError):
+        chosen = None
+    if not isinstance(chosen, dict):
+        raise UserError(f"{file}: not what {command} writes")
+    return chosen
