@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lm.long_context.cache import Buffers
 from lm.token_select.config import SelectConfig
+from ops.gathered_scores import gathered_scores
 from ops.token_importance import token_importance
 from ops.top_tokens import top_tokens
 
@@ -246,11 +247,11 @@ class _Scorer:
     def _rescored(self, k, indices, counts, lse):
         """Votes of the true keys at `indices`; soft ones with the normaliser of the codes."""
         shared = indices.ndim == 2
-        products = gathered_products(
-            self.query,
+        products = gathered_scores(
+            self.query[:, None],
             k,
             indices,
-            counts,
+            counts=counts,
             layer=self.layer,
             scale=self.scale,
             gqa=self.config.gqa,
@@ -298,32 +299,6 @@ class _Scorer:
 def candidates(config: SelectConfig) -> int:
     """How many a shadow hands on to be scored by true keys."""
     return max(config.k, round(config.rescore * config.k))
-
-
-def gathered_products(
-    query: jax.Array,  # [B, N, H]
-    k: jax.Array,  # [L, B, S, K, H]
-    indices: jax.Array,  # [B, M] or [B, K, M] int32
-    counts: jax.Array,  # [B] or [B, K] int32
-    *,
-    layer: jax.Array,
-    scale: float,
-    gqa: str,
-    implementation: str | None = None,
-) -> jax.Array:
-    """scale * q k^T [B, N, M] float32 of the listed keys only; -inf from counts on."""
-    B, N, H = query.shape
-    K, M = k.shape[-2], indices.shape[-1]
-    slots = jnp.clip(indices if indices.ndim == 3 else indices[:, None], 0, k.shape[-3] - 1)
-    sequence = jnp.arange(B, dtype=jnp.int32)[:, None, None]
-    keys = k[layer, sequence, slots, jnp.arange(K, dtype=jnp.int32)[None, :, None]]  # [B, K, M, H]
-    grouped = gqa == "grouped"
-    rows = query.reshape(B, K, -1, H) if grouped else jnp.swapaxes(query.reshape(B, -1, K, H), 1, 2)
-    out = scale * jnp.einsum("BKGH,BKMH->BKGM", rows, keys, preferred_element_type=jnp.float32)
-    entry = jnp.arange(M, dtype=jnp.int32)[None, None, None]
-    counts = counts[:, None] if counts.ndim == 1 else counts
-    out = jnp.where(entry < counts[:, :, None, None], out, -jnp.inf)
-    return (out if grouped else jnp.swapaxes(out, 1, 2)).reshape(B, N, M)
 
 
 def _per_list(scores, *bounds):

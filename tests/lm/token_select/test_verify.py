@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verification finds nothing where there is nothing, and what there is where there is."""
+
+import dataclasses
+
+import pytest
+
+from lm.errors import UserError
+from lm.long_context import cache
+from lm.token_select import decode, verify
+from lm.token_select.policy import Dense
+from tests.lm.token_select.small import GREEDY, MODEL, SELECT, params
+
+STEPS = 8
+CONFIG = dataclasses.replace(SELECT, shadow="int8", reuse=0.5)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return verify.verify(MODEL, params(), CONFIG, steps=STEPS)
+
+
+def test_nothing_is_wrong(found):
+    assert found.problems() == []
+    assert found.tokens == 5 * CONFIG.budget // 2 + STEPS
+    assert found.cut > CONFIG.k
+    assert found.steps == 4 * STEPS
+    assert max(found.dense_error, found.chunk_error, found.ragged_error) < 1e-5
+    assert found.overlaps == {"xla": 1.0}
+    assert 0.5 < found.shadow_overlap <= 1
+    assert found.problems(tolerance=1e-9)  # they are measured, not assumed
+
+
+def test_a_prompt_that_loses_a_token_is_found(monkeypatch):
+    """Its own token, in a layer that reads one less: the chunks that are compared are wrong."""
+    attention = cache.cached_attention
+
+    def loses(q, k, v, *, lengths, implementation):
+        return attention(q, k, v, lengths=lengths - (lengths > 24), implementation=implementation)
+
+    monkeypatch.setattr(cache, "cached_attention", loses)
+    texts = verify.random_texts(MODEL, SELECT, STEPS, None, 1)[:1]
+    policy = Dense(SELECT.chunk)
+    program = decode.Program(MODEL, GREEDY, policy, 64)
+    wanted = [verify._one_shot(program, params(), texts[0], 64)]
+    got, _ = verify._logits(program, params(), policy, texts, STEPS, False)
+    error = verify._error(got, [wanted[0][: len(got[0])]])
+    assert error > 100 * verify.TOLERANCES["chunk_error"]
+
+
+def test_texts_must_leave_a_prompt():
+    texts = verify.random_texts(MODEL, SELECT, STEPS, None, 0)
+    with pytest.raises(UserError, match="a text of 8 tokens leaves none before 8 steps"):
+        verify.verify(MODEL, params(), SELECT, texts=[texts[0][:8]], steps=STEPS)
