@@ -89,7 +89,7 @@ def colab() -> ConfigDict:
     config.tasks.max_length = 1024
     config.tasks.growth = 15000
     config.tasks.questions = 16
-    config.tasks.text_weight = 0.02
+    config.tasks.text_weight = 0.05
     config.tasks.eval_lengths = (512, 1024, 2048)
     config.tasks.eval_samples = 50
     config.train.batch_size = 16
