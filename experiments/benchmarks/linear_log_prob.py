@@ -3,7 +3,8 @@
 
     python -m experiments.benchmarks.linear_log_prob --rows=32768 --dim=2048 --vocab=128256 \
         --out=DIR
-    python -m experiments.benchmarks.linear_log_prob --tune --forms=weighted,general --out=DIR
+    python -m experiments.benchmarks.linear_log_prob --tune --forms=weighted,general --seconds=1 \
+        --out=DIR
     python -m experiments.benchmarks.linear_log_prob --check
 
 Forms: weighted (the mean over rows, whose gradients are made with the value), general (a cotangent

@@ -96,6 +96,7 @@ def torch_compiled(problem: Problem) -> Prepared:
 
     def log_prob(x, w, targets, weights):
         losses = functional.cross_entropy(functional.linear(x, w), targets, reduction="none")
+        losses = losses.float()
         return -losses if weights is None else -(weights * losses).sum()
 
     compiled = torch.compile(log_prob, dynamic=False) if _on_gpu(problem) else log_prob
