@@ -15,15 +15,14 @@ def test_stages_of_a_step(tmp_path):
         "benchmarks.token_select",
         *SMALL,
         "--modes=decode",
-        "--shadow=,int8",
+        "--shadow=int8",
         "--contenders=xla,published,dense,triton",
         f"--out={tmp_path}",
     )
     rows = result["rows"]
     timed = {(r["method"], r["shadow"], r["stage"]) for r in rows if "mode" in r and "ms" in r}
     ours = {"score", "vote", "importance", "top_k", "select", "step"}
-    expected = {("xla", shadow, stage) for shadow in ("", "int8") for stage in ours}
-    expected |= {("xla", "", "attend"), ("dense", "", "full")}
+    expected = {("xla", "int8", stage) for stage in ours} | {("dense", "", "full")}
     assert timed == expected | {("published", "", "score"), ("published", "", "select")}
     overlaps = {row["shadow"]: row["overlap"] for row in rows if "overlap" in row}
     assert overlaps[""] == 1

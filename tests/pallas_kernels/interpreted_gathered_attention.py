@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of gathered_attention against the reference, interpreted on a CPU.
+"""The Triton kernels of gathered_attention against loops, interpreted on a CPU.
 
 Run by test_selection_triton in a process of its own: Triton decides at import whether it
 interprets.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from pallas_kernels import selection_triton_config as configs
 from pallas_kernels import triton_call
 from tests.ops.op_cases import arrays, jit
 from tests.ops.op_tolerances import assert_close
+from tests.ops.test_gathered_attention import by_loops
 from tests.pallas_kernels import triton_interpreter
 
 _SMALL = {
@@ -55,20 +58,18 @@ def tables(given, sequences=1, heads=1):
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def run(implementation, given, **settings):
-    """Compiled as one program, which takes less time than the reference's operations one by one."""
+def run(given, **settings):
     held = {name: x for name, x in settings.items() if isinstance(x, jax.Array | tuple)}
     static = {name: x for name, x in settings.items() if name not in held}
-    return jit(
-        lambda arrays: gathered_attention(
-            **arrays, **static, return_lse=True, implementation=implementation
-        )
-    )(given | held)
+    op = partial(gathered_attention, **static, return_lse=True, implementation="triton")
+    return jit(lambda arrays: op(**arrays))(given | held)
 
 
-def compare(given, **settings):
-    expected = run("reference", given, **settings)
-    assert_close(run("triton", given, **settings), expected, given["q"].dtype)
+def compare(given, layer=None, **settings):
+    actual = run(given, **settings, **({} if layer is None else {"layer": layer}))
+    if layer is not None:
+        given = given | {name: given[name][layer] for name in "kv"}
+    assert_close(actual, by_loops(**given, **settings), given["q"].dtype)
 
 
 @pytest.mark.parametrize("T", [1, 7])
@@ -102,7 +103,7 @@ def test_short_and_empty_lists(T):
     given["indices"] = jnp.maximum(given["indices"], 0)
     given["lengths"] = jnp.array([50, 90, 3, 1], jnp.int32)
     compare(given)
-    out, lse = run("triton", given)
+    out, lse = run(given)
     np.testing.assert_array_equal(out[0], 0)
     np.testing.assert_array_equal(lse[0], -np.inf)
 
@@ -111,7 +112,7 @@ def test_listing_every_slot_is_attention_over_the_cache():
     given = problem(6, S=45)
     given["indices"] = jnp.tile(jnp.arange(45, dtype=jnp.int32), (2, 1))
     given["counts"] = given["lengths"] = jnp.array([45, 45], jnp.int32)
-    out, _ = run("triton", given)
+    out, _ = run(given)
     q, k, v = (given[name] for name in "qkv")
     mask = jnp.arange(45)[None] <= 39 + jnp.arange(6)[:, None]
     expected = jax.nn.dot_product_attention(q, k, v, mask=mask[None, None])

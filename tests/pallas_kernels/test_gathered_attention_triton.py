@@ -45,8 +45,7 @@ def check(program, chip, kernels):
     assert all(kernel.shared <= limit for kernel in program.kernels)
 
 
-@pytest.mark.parametrize("chip", ["H100", "A100"])
-@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize(("chip", "rope"), [("H100", False), ("H100", True), ("A100", True)])
 def test_one_token_of_a_long_cache(chip, rope):
     """More than 2 ** 31 entries; nothing but what is listed is copied."""
     program = compiled(chip, 1, S=524_288, L=4, rope=rope)
