@@ -8,6 +8,7 @@ asked for more, goes on.
 """
 
 import dataclasses
+import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from lm.workdir import Workdir
 
 KIND = "long_context"
 GOOD = 0.8  # of dense attention, from which its share is asked for
-_ANSWERS = "answers.jsonl"
+_ROWS, _ANSWERS = "eval.jsonl", "answers.jsonl"
 _SHOWN = ("task", "length", "method", "budget", "accuracy", "agreement", "edit_distance")
 
 
@@ -57,9 +58,9 @@ class Budget:
         return cls(text.strip(), value, bool(match[3]), bool(match[1]))
 
     def total(self, select: SelectConfig, length: int) -> int:
-        """select.n_init + k + n_local in a context of `length`."""
+        """Tokens in a context of `length`, those that `select.reuse` may add included."""
         tokens = max(1, round(self.value / 100 * length)) if self.share else int(self.value)
-        return tokens + (select.n_init + select.n_local if self.beside else 0)
+        return tokens + (select.budget - select.k + select.slack if self.beside else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,8 @@ def run(
     if jax.process_count() > 1:
         raise UserError("evaluate runs on one process")
     judge = opened(config, path, options, workdir)
-    budgets = options.budgets or (str(judge.config.select.budget),)
+    select = judge.config.select
+    budgets = options.budgets or (str(select.budget + select.slack),)
     budgets = tuple(map(Budget.parse, budgets))
     cells = list(judge.cells())
     # whatever is refused is refused before anything is measured
@@ -168,7 +170,7 @@ def run(
     found = [judge.measure(*one) for one in zip(cells, plans, made, strict=True)]
     rows = list({row["key"]: row for one in found for row, _ in one.values()}.values())
     say("\n" + tables.text(tables.table(rows, columns=_SHOWN)))
-    return {"rows": rows, **summary(judge.config.select, options, budgets, cells, found)}
+    return {"rows": rows, **summary(select, options, budgets, cells, found)}
 
 
 def opened(
@@ -209,8 +211,8 @@ class Judge:
         self.config = config
         self._answers, self._rows = {}, {}
         if workdir is not None:
-            self._answers = {x["key"]: x for x in workdir.rows(_ANSWERS)}
-            self._rows = {x["key"]: x for x in workdir.rows("eval.jsonl") if "key" in x}
+            self._answers = {x["key"]: x for x in _kept(workdir, _ANSWERS)}
+            self._rows = {x["key"]: x for x in _kept(workdir, _ROWS) if "key" in x}
 
     def cells(self) -> Iterator[Cell]:
         """All sets of questions. Raises UserError for unknown tasks."""
@@ -329,7 +331,7 @@ class Judge:
         self._answers[asked.key], self._rows[asked.key] = made, row
         if self.workdir is not None:
             self.workdir.append(_ANSWERS, made)
-            self.workdir.append("eval.jsonl", row)
+            self.workdir.append(_ROWS, row)
 
     def _row(
         self, questions: Questions, asked: Asked, made: Mapping[str, Any], reads: np.ndarray
@@ -433,6 +435,14 @@ def summary(
         pairs = {label: (mine[label], dense[label]) for label in mine}
         out["share_of_dense"] = quality.least_share(pairs, GOOD)
     return out
+
+
+def _kept(workdir: Workdir, name: str) -> list[dict[str, Any]]:
+    """The rows of a file; a line that was cut short is taken out, lest the next be added to it."""
+    rows, file = workdir.rows(name), workdir.path / name
+    if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):
+        workdir.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def _mean(cells: Mapping[str, Sequence[float]]) -> float:

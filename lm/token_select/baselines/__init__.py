@@ -53,7 +53,9 @@ def _dense(config: SelectConfig, budget: int | None) -> Policy:
 
 
 def _token_select(config: SelectConfig, budget: int) -> Policy:
-    return TokenSelect(dataclasses.replace(config, k=_between(config, budget)))
+    # what `reuse` may add for a while is within the budget, too
+    k = _between(config, budget, config.slack)
+    return TokenSelect(dataclasses.replace(config, k=k))
 
 
 def _streaming_llm(config: SelectConfig, budget: int) -> Policy:
@@ -91,15 +93,16 @@ def _random(config: SelectConfig, budget: int) -> Policy:
     )
 
 
-def _between(config: SelectConfig, budget: int) -> int:
-    """What is left of a budget beside the ends."""
-    ends = config.n_init + config.n_local
-    if budget <= ends:
+def _between(config: SelectConfig, budget: int, spent: int = 0) -> int:
+    """What is left of a budget beside the ends and what is `spent` otherwise."""
+    k = budget - config.n_init - config.n_local - spent
+    if k < 1:
         raise UserError(
             f"a budget of {budget} tokens leaves nothing to select beside select.n_init="
             f"{config.n_init} and select.n_local={config.n_local}"
+            + (f" and {spent} for select.reuse" if spent else "")
         )
-    return budget - ends
+    return k
 
 
 METHODS: dict[str, Callable[[SelectConfig, int | None], Policy]] = {

@@ -43,7 +43,7 @@ def test_a_method_keeps_its_budget_whatever_the_batch(name):
     assert (decode.prefill._cache_size(), decode.advance._cache_size()) == before
 
 
-@pytest.mark.parametrize("name", ["infllm", "quest", "snapkv"])
+@pytest.mark.parametrize("name", ["infllm", "snapkv"])
 def test_four_devices_equal_one(name):
     split = sharding.make(MeshConfig(data=2, fsdp=1, tensor=2), MODEL)
     policy = baselines.build(name, SELECT, BUDGET)

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation harness on a random model that reads bytes: rows, resumption, comparisons,
+refusals; and the choice of settings."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lm import prompting, tuned
+from lm.config import ModelConfig
+from lm.errors import DataError, UserError
+from lm.long_context import evaluate as asking
+from lm.long_context import tasks
+from lm.long_context.config import TasksConfig
+from lm.text import chat, tokenizers
+from lm.token_select import choice, decode, evaluate, tune, verify
+from lm.token_select.config import SelectConfig, TokenSelectConfig
+from lm.token_select.evaluate import Budget, Options
+from lm.workdir import Workdir
+
+MODEL = ModelConfig(
+    vocab_size=384, num_layers=1, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
+)
+SELECT = SelectConfig(n_init=4, n_local=32, k=28, chunk=32)
+CONFIG = TokenSelectConfig(
+    tasks=TasksConfig(names=("passkey",), eval_lengths=(400,), eval_samples=3), select=SELECT
+)
+PAIR = Options(methods=("token_select", "streaming_llm"), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def speaker():
+    tokenizer = tokenizers.load_tokenizer("bytes")
+    return prompting.Speaker(
+        MODEL,
+        verify.random_params(MODEL, 0),
+        tokenizer,
+        chat.load_template(None, tokenizer),
+        (),
+        tokenizer.vocab_size,
+    )
+
+
+@pytest.fixture
+def opened(monkeypatch, speaker):
+    """Checkpoints are this model."""
+
+    def opened(config, path, options, workdir=None):
+        return evaluate.Judge(config, options, speaker, str(path), bool(options.chat), workdir)
+
+    monkeypatch.setattr(evaluate, "opened", opened)
+
+
+def test_budgets():
+    totals = [Budget.parse(x).total(SELECT, 1000) for x in ("512", "5%", "k=28", "k=5%", "100%")]
+    assert totals == [512, 50, 64, 86, 1000]
+    reusing = dataclasses.replace(SELECT, reuse=0.9)
+    assert Budget.parse("k=28").total(reusing, 1000) == 72
+    assert evaluate.baselines.build("token_select", reusing, 72).config == reusing
+    for text in ("", "5 %%", "k5", "0", "1.5", "101%", "-3"):
+        with pytest.raises(UserError, match="--budgets="):
+            Budget.parse(text)
+
+
+def test_rows_comparison_and_resumption(opened, tmp_path, monkeypatch):
+    workdir = Workdir(tmp_path)
+    options = dataclasses.replace(PAIR, budgets=("64", "k=7%"))
+    result = evaluate.run(CONFIG, tmp_path, options, workdir)
+    pairs = [(row["method"], row["budget"]) for row in result["rows"]]
+    # a share of 7 percent is 28 of the context of 400: the same budget, measured once
+    assert pairs == [("dense", 400), ("token_select", 64), ("streaming_llm", 64)]
+    for row in result["rows"]:
+        assert (row["task"], row["length"], row["samples"]) == ("passkey", 400, 3)
+        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+    dense, *others = result["rows"]
+    assert (dense["agreement"], dense["edit_distance"]) == (1, 0)
+    assert [row["tokens_read"] for row in others] == [64, 64]
+    assert all(row["agreement"] < 1 and 0 < row["edit_distance"] <= 1 for row in others)
+    assert result["agreement"] == others[0]["agreement"]
+    assert [(x["budget"], x["against"]) for x in result["summary"]] == [
+        ("64", "dense"), ("64", "streaming_llm"), ("k=7%", "dense"), ("k=7%", "streaming_llm"),
+    ]  # fmt: skip
+    # cut off in the middle of the last row, and asked for a method more
+    file = tmp_path / "eval.jsonl"
+    kept = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(kept[:-1]) + kept[-1][:20])
+    calls = []
+    monkeypatch.setattr(
+        evaluate.Judge,
+        "_measure",
+        lambda self, questions, asked, *rest, plain=evaluate.Judge._measure: (
+            calls.append(asked.method),
+            plain(self, questions, asked, *rest),
+        ),
+    )
+    again = evaluate.run(CONFIG, tmp_path, options, workdir)
+    assert calls == ["streaming_llm"]
+    assert again == result
+    # other samples are other rows
+    more = evaluate.run(CONFIG, tmp_path, dataclasses.replace(PAIR, seeds=(0, 1)), workdir)
+    assert calls[1:] == ["dense", "token_select", "streaming_llm"]
+    assert len(more["rows"]) == 6
+    assert list(more["summary"][0]["differences"]) == ["passkey 400", "passkey 400 seed 1"]
+
+
+def test_a_users_prompts_cost_agreement_and_time(opened, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(
+        json.dumps({"prompt": "To be, or not to be. " * 6, "references": "question"})
+        + "\n\n"
+        + json.dumps({"input": "A sample " * 9, "answer_prefix": "\nIs", "outputs": ["a", "b"]})
+        + "\n"
+    )
+    options = dataclasses.replace(
+        PAIR, data=str(file), max_new_tokens=6, capacity=140, methods=("token_select",)
+    )
+    result = evaluate.run(CONFIG, tmp_path, options, Workdir(tmp_path))
+    dense, mine = result["rows"]
+    assert (dense["task"], dense["length"], dense["longest_prompt"]) == ("mine", 140, 126)
+    assert {"prefill_ms", "token_ms_p50", "token_ms_p95", "tokens_per_s"} <= mine.keys()
+    assert mine["tokens_read"] == 64
+    # without right answers agreement alone is compared
+    file.write_text(
+        "plain text, a prompt of its own " * 4 + "\n{not JSON, but long enough to read}\n"
+    )
+    result = evaluate.run(CONFIG, tmp_path, options, Workdir(tmp_path))
+    assert result["accuracy"] is None
+    assert result["summary"][0]["of"] == "agreement"
+
+
+def test_a_template_leaves_room_for_itself(speaker):
+    task = tasks.find("passkey")
+    for length in (800, 801):
+        made = asking.of_task(speaker, task, length, 4, 0, chat=True)
+        assert max(map(len, made.prompts)) + task.new_tokens <= length
+    text = speaker.tokenizer.decode(made.prompts[0])
+    opening = speaker.template.render(
+        [{"role": "user", "content": "Q"}], add_generation_prompt=True
+    )
+    head, tail = opening.split("Q")
+    assert text.startswith(head)
+    assert tail in text[-200:]
+    assert not text.endswith(tail)  # the beginning of the answer comes after it
+
+
+def test_one_program_serves_all_batches(speaker):
+    judge = evaluate.Judge(CONFIG, PAIR, speaker)
+    questions = [asking.of_task(speaker, tasks.find("passkey"), 400, n, n) for n in (4, 3, 5)]
+    method = judge.method(evaluate.baselines.build("streaming_llm", SELECT, 64))
+    asking.ask(method, questions[0], 2)
+    before = decode.prefill._cache_size(), decode.advance._cache_size()
+    together = asking.ask(method, questions[1], 2)
+    asking.ask(method, questions[2], 2)
+    assert (decode.prefill._cache_size(), decode.advance._cache_size()) == before
+    one = dataclasses.replace(questions[1], prompts=questions[1].prompts[1:2])
+    alone = asking.ask(method, one, 2)
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[1])
+
+
+REFUSED = {
+    "method": ({"methods": ("sinks",)}, "unknown method 'sinks'"),
+    "task": ({"tasks": ("nail",)}, "unknown task 'nail'"),
+    "budget_above": ({"budgets": ("401",)}, r"a budget of 401 tokens .* above the context of 400"),
+    "budget_below": ({"budgets": ("5%",)}, "a budget of 20 tokens leaves nothing"),
+    "length": ({"lengths": (90,)}, "too short"),
+    "both": ({"data": "x.jsonl", "tasks": ("passkey",)}, "--data brings its own prompts"),
+    "no_file": ({"data": "x.jsonl"}, "x.jsonl: No such file"),
+    "capacity": ({"capacity": 5}, "--capacity is of --data"),
+    "seeds": ({"seeds": ()}, "--seeds"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals(opened, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.run(CONFIG, tmp_path, dataclasses.replace(PAIR, **changes))
+
+
+def test_files_that_are_refused(opened, tmp_path):
+    file = tmp_path / "mine.jsonl"
+
+    def run(text, **changes):
+        file.write_text(text)
+        evaluate.run(CONFIG, tmp_path, dataclasses.replace(PAIR, data=str(file), **changes))
+
+    with pytest.raises(UserError, match="no prompts"):
+        run("\n")
+    with pytest.raises(DataError, match="without a text under 'prompt'"):
+        run('{"text": "x"}')
+    with pytest.raises(DataError, match="'references' must be"):
+        run('{"prompt": "x", "references": [3]}')
+    with pytest.raises(UserError, match="prompt 1 has no references"):
+        run('{"prompt": "x", "references": "y"}\n{"prompt": "x"}')
+    with pytest.raises(UserError, match=r"prompt 0 has 40 tokens and 8 new .* a context of 47"):
+        run(40 * "x", capacity=47, max_new_tokens=8)
+
+
+def test_the_setting_that_reads_least_is_chosen():
+    options = tune.Options(ks=(8, 16, 32, 64, 400), n_locals=(16, 32), thetas=(0.8, 0.9))
+    groups = tune.settings(SELECT, options, 300)
+    assert [len(group) for group in groups] == 4 * [4]  # 400 is more than the context
+    assert {(x.n_local, x.chunk, x.pool) for group in groups for x in group} == {
+        (16, 16, 0), (16, 16, 5), (32, 32, 0), (32, 32, 5),
+    }  # fmt: skip
+
+    def agreement(select):
+        known = select.k * (2 if select.pool else 1) + select.n_local
+        return min(1.0, known / 100) - (0.5 if 0 < select.reuse < 0.9 else 0)
+
+    seen = []
+
+    def measure(select):
+        seen.append(select)
+        return {"agreement": agreement(select)}
+
+    found = tune.choose(measure, groups, options.thetas, 0.9, 300)
+    assert (found.k, found.n_local, found.pool, found.reuse) == (32, 32, 5, 0.9)
+    assert len(set(seen)) < 16  # halving: not every k is tried
+    assert tune.choose(measure, groups, (), 0.75, 300).n_local == 16
+    assert tune.choose(measure, groups, options.thetas, 1.5, 300) is None
+    assert tune.choose(measure, groups, (0.9,), 0.9, 75).reuse == 0  # no room for what it keeps
+    with pytest.raises(UserError, match="reads the whole context of 20"):
+        tune.settings(SELECT, options, 20)
+
+
+def test_a_choice_is_kept_with_what_it_was_made_for(opened, speaker, tmp_path, capsys):
+    few = evaluate.Options(samples=2, batch_size=2)
+    options = tune.Options(target=1, ks=(28,), n_locals=(32,), pools=(0,), thetas=(), data=few)
+    result = tune.run(CONFIG, tmp_path, Workdir(tmp_path), options)
+    assert result["chosen"] is None
+    assert result["rows"][0]["agreement"] < 1
+    assert not (tmp_path / "tuned.json").exists()
+    whole = dataclasses.replace(options, ks=(28, 360))  # 360 reads everything
+    result = tune.run(CONFIG, tmp_path, Workdir(tmp_path), whole)
+    assert (result["chosen"]["k"], result["chosen"]["n_local"]) == (360, 32)
+    assert (result["agreement"], len(result["rows"])) == (1, 2)
+    judge = evaluate.Judge(CONFIG, dataclasses.replace(PAIR, tuned=str(tmp_path)), speaker)
+    assert judge.config.select == dataclasses.replace(SELECT, k=360)
+    assert "tuned for another" not in capsys.readouterr().err
+    now = {**tuned.hashes(speaker.params, speaker.tokenizer, None), "model": "x"}
+    choice.apply(choice.read(tmp_path), SELECT, now)
+    assert "tuned for another model and template" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"token_select\.tune writes it"):
+        choice.read(tmp_path / "nothing")
+    (tmp_path / "tuned.json").write_text('{"chosen": {"n": 3}}')
+    with pytest.raises(UserError, match=r"not what experiments\.token_select\.tune writes"):
+        choice.read(tmp_path)
