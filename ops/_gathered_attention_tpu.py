@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over listed slots on TPU through Pallas: what the kernel serves, and its layouts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from ops import _masked_attention_tpu, dispatch
 from ops._cached_attention_reference import row_slots
+from ops._token_importance_tpu import in_lanes
 from ops._varying import common_varying
 from pallas_kernels import gathered_attention_tpu as kernels
 from pallas_kernels import masked_attention_tpu as attention_kernels
@@ -31,7 +34,7 @@ def gathered_attention(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, H], [B, T, N]
     _check(q, k, v, indices, rope)
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     S, K = k.shape[2:4]
     settings = kernels.Settings(
         scale=scale,
@@ -42,22 +45,7 @@ def gathered_attention(
     q, k, v, indices, counts, lengths, layer, rope = common_varying(
         (q, k, v, indices, counts, lengths, layer, rope)
     )
-    rows, chunks = _rows(N // K * tokens)
-
-    def by_rows(x, padding=0):  # [B, T, heads, ...] -> [B, query blocks, K or 1, chunks, rows, ...]
-        tail = ((0, 0),) * (x.ndim - 2)
-        x = jnp.pad(x, ((0, 0), (0, -T % tokens), *tail), constant_values=padding)
-        heads = 1 if x.ndim == 3 else K
-        x = x.reshape(B, -1, tokens, heads, N // K, *x.shape[3:])
-        x = jnp.moveaxis(x, 2, 4).reshape(B, x.shape[1], heads, N // K * tokens, *x.shape[5:])
-        tail = ((0, 0),) * (x.ndim - 4)
-        widths = ((0, 0),) * 3 + ((0, rows * chunks - N // K * tokens), *tail)
-        x = jnp.pad(x, widths, constant_values=padding)
-        return x.reshape(*x.shape[:3], chunks, rows, *x.shape[4:])
-
-    def in_lanes(x):
-        return jnp.broadcast_to(x[..., None], (*x.shape, kernels.LANES))
-
+    layout = _Layout(B, T, N, K, tokens)
     M = indices.shape[1]
     entries = jnp.arange(M, dtype=jnp.int32)[None]
     valid = entries < counts[:, None]
@@ -68,28 +56,62 @@ def gathered_attention(
     places = jnp.broadcast_to(row_slots(lengths, T)[:, :, None], (B, T, N // K))
     if rope is not None:
         rope = _full_tables(rope, to_block[1])
-    queries = by_rows(q.astype(jnp.promote_types(q.dtype, k.dtype)))
     out, lse = kernels.attend(
-        queries.reshape(*queries.shape[:2], K * chunks, rows, H),
+        layout.by_rows(q.astype(jnp.promote_types(q.dtype, k.dtype))),
         k,
         v,
         slots[:, None],
         visible_from[:, None],
-        in_lanes(by_rows(places, -1)[:, :, 0]),
+        in_lanes(layout.by_rows(places, -1)),
         rope,
         layer[None],
         (jnp.clip(counts, 0, M) + settings.block - 1) // settings.block,
         q.dtype,
         settings=settings,
     )
+    return layout.from_rows(out), layout.from_rows(lse[:, :, :, 0, : layout.rows])
 
-    def from_rows(x):  # [B, query blocks, K * chunks, rows, ...] -> [B, T, N, ...]
-        x = x.reshape(B, x.shape[1], K, chunks * rows, *x.shape[4:])[:, :, :, : N // K * tokens]
-        x = x.reshape(*x.shape[:3], N // K, tokens, *x.shape[4:])
-        x = jnp.moveaxis(x, 4, 2)
-        return x.reshape(B, x.shape[1] * tokens, N, *x.shape[5:])[:, :T]
 
-    return from_rows(out), from_rows(lse[:, :, :, 0, :rows])
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Of the queries in the kernel: [B, query blocks, KV heads * chunks, rows, ...], where the rows
+    of a KV head are its query heads times the tokens of a block, cut into chunks."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    tokens: int
+
+    @property
+    def group(self) -> int:
+        return self.N // self.K
+
+    @property
+    def rows(self) -> int:
+        return _rows(self.group * self.tokens)[0]
+
+    def by_rows(self, x: jax.Array, padding: int = 0) -> jax.Array:
+        """Of [B, T, N, ...], or of [B, T, G, ...] for what the KV heads share."""
+        _, _, heads, *rest = x.shape
+        heads = heads // self.group
+        rows, chunks = _rows(self.group * self.tokens)
+        none, tail = (0, 0), ((0, 0),) * len(rest)
+        x = jnp.pad(x, (none, (0, -self.T % self.tokens), none, *tail), constant_values=padding)
+        x = x.reshape(self.B, -1, self.tokens, heads, self.group, *rest)
+        x = jnp.moveaxis(x, 2, 4)
+        x = x.reshape(self.B, x.shape[1], heads, self.group * self.tokens, *rest)
+        fill = (0, rows * chunks - self.group * self.tokens)
+        x = jnp.pad(x, (none, none, none, fill, *tail), constant_values=padding)
+        return x.reshape(self.B, x.shape[1], heads * chunks, rows, *rest)
+
+    def from_rows(self, x: jax.Array) -> jax.Array:
+        """[B, T, N, ...]"""
+        blocks, rest = x.shape[1], x.shape[4:]
+        x = x.reshape(self.B, blocks, self.K, -1, *rest)[:, :, :, : self.group * self.tokens]
+        x = x.reshape(self.B, blocks, self.K, self.group, self.tokens, *rest)
+        x = jnp.moveaxis(x, 4, 2).reshape(self.B, blocks * self.tokens, self.N, *rest)
+        return x[:, : self.T]
 
 
 def _rows(rows: int) -> tuple[int, int]:

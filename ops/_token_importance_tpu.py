@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Importance of cached tokens on TPU through Pallas: what the kernels serve, and their layouts."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -55,16 +57,7 @@ def token_importance(
         interpret=tpu_interpret.current(),
     )
 
-    def by_rows(x):  # [B, W, N, ...] -> [B, K, rows, ...]: heads of a KV head, rows of a head
-        x = combination.split_heads(jnp.moveaxis(x, 2, -1), K)  # [B, W, ..., K, G]
-        x = jnp.moveaxis(x, (-2, -1, 1), (1, 2, 3))  # [B, K, G, W, ...]
-        x = jnp.pad(x, ((0, 0),) * 3 + ((0, window - W),) + ((0, 0),) * (x.ndim - 4))
-        x = x.reshape(B, K, G * window, *x.shape[4:])
-        return jnp.pad(x, ((0, 0), (0, 0), (0, rows - G * window)) + ((0, 0),) * (x.ndim - 3))
-
-    def in_lanes(x):
-        return jnp.broadcast_to(x[..., None], (*x.shape, kernels.LANES))
-
+    by_rows = partial(_by_rows, combination=combination, K=K, rows=rows, window=window)
     ends = in_lanes(by_rows(jnp.broadcast_to(end[:, :, None], (B, W, N)))[:, 0])
     arrays = by_rows(q.astype(_stacked.compute_dtype(q, k))), ends, k
     factors = None
@@ -80,25 +73,42 @@ def token_importance(
             *arrays, factors, scalars, steps, keep=keep, settings=settings
         )
     if W == 1:
-        scores = combined(
-            kept[0].reshape(B, K, G, 1, S),
-            (begin, end, row_weights, head_weights),
-            lse[:, :, :G, :1] if normalize else None,
-            combination,
-        )
+        subtracted = lse[:, :, :G, :1] if normalize else None
+        rules = begin, end, row_weights, head_weights
+        scores = combined(kept[0].reshape(B, K, G, 1, S), rules, subtracted, combination)
     else:
-        weights = jnp.ones((B, W, N), jnp.float32)
-        weights = weights if row_weights is None else weights * row_weights[:, :, None]
-        weights = weights if head_weights is None else weights * head_weights[None, None]
-        scores = kernels.scores(
-            *arrays, in_lanes(by_rows(weights)), factors, lse, scalars, steps, settings=settings
-        )
+        weights = in_lanes(by_rows(_weights(row_weights, head_weights, (B, W, N))))
+        scores = kernels.scores(*arrays, weights, factors, lse, scalars, steps, settings=settings)
         scores = scores.reshape(B, -1, G if heads == "query" else 1, S)
     scores = combination.finish(scores, begin, end, N, 0.0 if normalize else -jnp.inf)
     if not return_lse:
         return scores, None
     lse = lse[:, :, : G * window, 0].reshape(B, K, G, window)[..., :W]
     return scores, combination.join_heads(lse.transpose(0, 3, 1, 2))
+
+
+def _by_rows(x: jax.Array, combination: Combination, K: int, rows: int, window: int) -> jax.Array:
+    """[B, W, N, ...] -> [B, K, rows, ...]: the heads of a KV head, the window of each; zeros for
+    the rows that fill up."""
+    x = combination.split_heads(jnp.moveaxis(x, 2, -1), K)  # [B, W, ..., K, G]
+    x = jnp.moveaxis(x, (-2, -1, 1), (1, 2, 3))  # [B, K, G, W, ...]
+    B, _, G, W, *rest = x.shape
+    tail = ((0, 0),) * len(rest)
+    x = jnp.pad(x, (*((0, 0),) * 3, (0, window - W), *tail)).reshape(B, K, G * window, *rest)
+    return jnp.pad(x, (*((0, 0),) * 2, (0, rows - G * window), *tail))
+
+
+def _weights(
+    row_weights: jax.Array | None, head_weights: jax.Array | None, shape: tuple[int, ...]
+) -> jax.Array:  # [B, W, N]
+    weights = jnp.ones(shape, jnp.float32)
+    weights = weights if row_weights is None else weights * row_weights[:, :, None]
+    return weights if head_weights is None else weights * head_weights[None, None]
+
+
+def in_lanes(x: jax.Array) -> jax.Array:
+    """[..., rows] -> [..., rows, LANES]: a column that every lane can be compared with."""
+    return jnp.broadcast_to(x[..., None], (*x.shape, kernels.LANES))
 
 
 def _rows(W: int, G: int) -> tuple[int, int]:
