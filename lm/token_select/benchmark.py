@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time to the first token, time per token, throughput and memory of methods beside each other.
+
+Methods take turns on one device and medians are compared. A cell is a context (the tokens of a
+prompt) at a batch size; prompts are random tokens. Where a prompt would take too long, the cache
+can be filled with random keys and values instead: then a row says `"prompt": "filled"` and has no
+time to the first token.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import hardware, transformer
+from lm.config import ModelConfig, SamplingConfig, require_positive
+from lm.errors import UserError
+from lm.long_context import cache
+from lm.long_context.cache import Cache
+from lm.progress import Progress, say
+from lm.token_select import baselines, decode
+from lm.token_select.config import SelectConfig
+from lm.token_select.context import Held
+from lm.token_select.decode import LoopState, Program
+from lm.token_select.guard import Report
+from lm.token_select.method import TokenSelect
+from lm.token_select.policy import Dense, Policy
+
+Row = dict[str, Any]
+SLACK = 0.1  # of the memory, for what steps make on the way
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is timed.
+
+    budget: of methods other than dense; None is the config's.
+    new_tokens: decode steps that are timed one by one, and as many in one go.
+    filled: random keys and values in place of prompts.
+    """
+
+    methods: tuple[str, ...] = (baselines.DENSE, "token_select")
+    contexts: tuple[int, ...] = (4096,)
+    batch_sizes: tuple[int, ...] = (1,)
+    budget: int | None = None
+    new_tokens: int = 32
+    repeats: int = 3
+    filled: bool = False
+    implementation: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("contexts", "batch_sizes"):
+            if not getattr(self, name):
+                raise UserError(f"--{name}: at least one is needed")
+            for value in getattr(self, name):
+                require_positive(f"--{name}", value)
+        for name in ("new_tokens", "repeats"):
+            require_positive(f"--{name}", getattr(self, name))
+        if not self.methods:
+            raise UserError("--methods: at least one is needed")
+
+    @property
+    def draws(self) -> int:
+        """Of a sequence: prefill's, one that warms up, and the timed ones."""
+        return 2 + 2 * self.new_tokens
+
+    def policies(self, model: ModelConfig, select: SelectConfig) -> dict[str, Policy]:
+        """By name. Raises UserError for an unknown one, one that does not fit the model or the
+        shortest context, or that needs the prompt which is not there."""
+        found = {}
+        for name in self.methods:
+            budget = None if name == baselines.DENSE else self.budget or select.budget
+            if budget is not None and budget > min(self.contexts):
+                raise UserError(
+                    f"a budget of {budget} tokens is above the context of {min(self.contexts)}"
+                )
+            policy = baselines.build(name, select, budget)
+            policy.check(model, None, min(self.contexts))
+            learns = not isinstance(policy, TokenSelect) and policy.dims()
+            if self.filled and learns:
+                raise UserError(f"{name} learns from the prompt: it cannot be timed with --filled")
+            found[name] = policy
+        return found
+
+
+def random_params(model: ModelConfig, seed: int) -> transformer.Params:
+    """A model at random in its compute dtype, made on the device."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def leaf(key, shape):
+        scale = 1.0 if len(shape) < 3 else model.embed_dim**-0.5
+        return scale * jax.random.normal(key, shape, jnp.dtype(model.dtype))
+
+    shapes = transformer.abstract(model)[1]
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [leaf(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, made)
+
+
+def layers_that_fit(model: ModelConfig, select: SelectConfig, tokens: int, memory: int) -> int:
+    """How many of the model's layers fit into `memory` bytes with caches of `tokens` tokens, in all
+    sequences together. Raises UserError when not one does."""
+    size = jnp.dtype(model.dtype).itemsize
+    one, two = (
+        size * transformer.count_parameters(dataclasses.replace(model, num_layers=n))
+        for n in (1, 2)
+    )
+    per_token = 2 * size * model.head_dim + (model.head_dim + 4 if select.shadow else 0)
+    layer = two - one + tokens * model.num_kv_heads * per_token
+    room = (1 - SLACK) * memory - (2 * one - two)
+    count = min(int(room // layer), model.num_layers)
+    if count < 1:
+        raise UserError(
+            f"not one layer fits: {layer / hardware.GIB:.1f} GiB with its cache of {tokens} tokens"
+        )
+    return count
+
+
+def benchmark(
+    model: ModelConfig,
+    params: transformer.Params,
+    select: SelectConfig,
+    options: Options = Options(),
+    valid_vocab: int | None = None,
+) -> Iterator[Row]:
+    """Rows as they come, one per context, batch size and method; `over_dense` is how many times as
+    fast as dense a step is, where dense was measured. Raises UserError."""
+    policies = options.policies(model, select)
+    cells = [(n, b) for n in options.contexts for b in options.batch_sizes]
+    with Progress("benchmark", len(cells)) as progress:
+        for context, batch in cells:
+            runs = [
+                _Run(name, policy, model, params, context, batch, options, valid_vocab)
+                for name, policy in policies.items()
+            ]
+            for _ in range(options.repeats):
+                for run in runs:
+                    run.once()
+            rows = [run.row() for run in runs]
+            dense = {row["method"]: row["tpot_ms_p50"] for row in rows}.get(baselines.DENSE)
+            for row in rows:
+                mine = row["tpot_ms_p50"]
+                row["over_dense"] = dense / mine if dense and mine else None
+                say(_line(row))
+                yield row
+            progress.advance()
+
+
+def _line(row: Row) -> str:
+    about = f"{row['method']}, {row['context']} tokens, batch {row['batch']}: "
+    if "failed" in row:
+        return about + row["failed"]
+    first = "" if row["ttft_ms"] is None else f"first token {row['ttft_ms']:.1f} ms, "
+    return about + f"{first}{row['tpot_ms_p50']:.3g} ms a token, {row['tokens_per_s']:.4g} tokens/s"
+
+
+class _Run:
+    """A method at one context and batch size, compiled."""
+
+    def __init__(self, name, policy, model, params, context, batch, options, valid_vocab):
+        self.name, self.policy, self.params, self.options = name, policy, params, options
+        self.context, self.batch, self.failed = context, batch, ""
+        self.first: list[float] = []
+        self.steps: list[float] = []
+        self.through: list[float] = []
+        sampling = SamplingConfig(temperature=0.0, max_new_tokens=options.draws)
+        rng = np.random.default_rng(options.seed)
+        vocabulary = valid_vocab or model.vocab_size
+        prompts = rng.integers(0, vocabulary, (batch, context)).astype(np.int32)
+        program = Program(
+            model,
+            sampling,
+            policy,
+            implementation=options.implementation,
+            valid_vocab=valid_vocab,
+        )
+        key = jax.random.key(options.seed)
+        self.program, arguments = decode.request(
+            program, list(prompts), (), key, context + options.draws
+        )
+        self.arguments = jax.device_put(arguments)
+        try:
+            self._compile()
+        except jax.errors.JaxRuntimeError as error:
+            self._note(error)
+
+    def _compile(self) -> None:
+        stops, program = self.arguments[-2], self.program
+        start = filled if self.options.filled else decode.prefill
+        lowered = start.lower(program, self.params, *self.arguments)
+        state = lowered.out_info
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        self.start = lowered.compile()
+        advance = decode.advance.lower(program, self.params, state, stops, scalar)
+        self.advance = advance.compile()
+
+    def _note(self, error: Exception) -> None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise error
+        self.failed = "out of device memory"
+
+    def once(self) -> None:
+        """One prompt, then steps one by one, then as many in one go."""
+        if self.failed:
+            return
+        try:
+            self._once()
+        except jax.errors.JaxRuntimeError as error:
+            self._note(error)
+
+    def _once(self) -> None:
+        new = self.options.new_tokens
+        began = time.perf_counter()
+        state = jax.block_until_ready(self.start(self.params, *self.arguments))
+        self.first.append(time.perf_counter() - began)
+        state, _ = self._advanced(state, 2)
+        for limit in range(3, 3 + new):
+            state, seconds = self._advanced(state, limit)
+            self.steps.append(seconds)
+        _, seconds = self._advanced(state, 2 + 2 * new)
+        self.through.append(seconds)
+
+    def _advanced(self, state: LoopState, limit: int) -> tuple[LoopState, float]:
+        began = time.perf_counter()
+        state = self.advance(self.params, state, self.arguments[-2], np.int32(limit))
+        return jax.block_until_ready(state), time.perf_counter() - began
+
+    def row(self) -> Row:
+        """Medians; times are None where the method did not run."""
+        row: Row = {"kind": "decode", "method": self.name, "context": self.context}
+        row |= dict.fromkeys(("ttft_ms", "tpot_ms_p50", "tpot_ms_p95", "tokens_per_s"))
+        row["peak_bytes"] = None
+        if self.failed:
+            row["failed"] = self.failed
+        else:
+            if not self.options.filled:
+                row["ttft_ms"] = 1e3 * statistics.median(self.first)
+            row["tpot_ms_p50"], row["tpot_ms_p95"] = (
+                1e3 * float(x) for x in np.percentile(self.steps, [50, 95])
+            )
+            tokens = self.batch * self.options.new_tokens
+            row["tokens_per_s"] = tokens / statistics.median(self.through)
+            programs = self.start, self.advance
+            row["peak_bytes"] = max(map(hardware.compiled_bytes, programs))
+        policy = self.policy
+        settings = policy.config if isinstance(policy, TokenSelect) else policy
+        return row | {
+            "batch": self.batch,
+            "budget": None if isinstance(policy, Dense) else settings.budget,
+            "prompt": "filled" if self.options.filled else "random tokens",
+            "new_tokens": self.options.new_tokens,
+            "repeats": self.options.repeats,
+            "layers": self.program.model.num_layers,
+            "seed": self.options.seed,
+        }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def filled(
+    program: Program,
+    params: transformer.Params,
+    tokens: jax.Array,  # [B, P] int32
+    lengths: jax.Array,  # [B] int32
+    indices: jax.Array,  # [B] int32
+    stop_ids: jax.Array,  # [stops] int32
+    key: jax.Array,  # []
+) -> LoopState:
+    """What `decode.prefill` of the same arguments gives but for its numbers: keys and values are
+    standard normal, and the first token is the prompt's last one."""
+    del stop_ids
+    model, B, new = program.model, len(lengths), program.sampling.max_new_tokens
+    shape = (1, program.capacity, model.num_kv_heads, model.head_dim)
+    held = decode.empty(program, B)
+
+    def body(number, buffers):
+        # a sequence of a layer at a time: drawn at once, all would need their memory twice
+        layer, sequence = number // B, number % B
+        pair = jax.random.split(jax.random.fold_in(key, number))
+        k, v = (jax.random.normal(one, shape, jnp.dtype(model.dtype)) for one in pair)
+        new = cache.Buffers(k, v)
+        if buffers.codes is not None:
+            new = cache.Buffers(k, v, *cache.shadow(k, buffers.codes.dtype))
+        return cache.Buffers(
+            *(
+                None
+                if whole is None
+                else jax.lax.dynamic_update_slice(
+                    whole,
+                    rows[None].astype(whole.dtype),
+                    (layer, sequence) + (0,) * (whole.ndim - 2),
+                )
+                for whole, rows in zip(buffers, new, strict=True)
+            )
+        )
+
+    buffers = jax.lax.fori_loop(0, model.num_layers * B, body, held.buffers)
+    held = Held(buffers, held.policy, held.reads)
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths, 1)[:, None] - 1, axis=1)[:, 0]
+    return LoopState(
+        cache=Cache(held.buffers, lengths, program.policy.rope),
+        policy=held.policy,
+        reads=held.reads,
+        guard=None if program.policy.guard is None else Report.empty(B),
+        keys=jax.vmap(lambda index: jax.random.fold_in(key, index))(indices),
+        last=last,
+        tokens=jnp.zeros((B, new), jnp.int32),
+        log_probs=jnp.zeros((B, new), jnp.float32),
+        counts=jnp.ones(B, jnp.int32),
+        stopped=jnp.zeros(B, bool),
+        done=lengths == 0,
+        step=jnp.ones((), jnp.int32),
+        steps=jnp.zeros(B, jnp.int32),
+    )
