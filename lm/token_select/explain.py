@@ -159,7 +159,7 @@ def effects(
         raise UserError(f"after={after} needs more than {settings.max_new_tokens} new tokens")
     if not after and len(prompt) < 2:
         raise UserError("the first token's effects need a prompt of at least two tokens")
-    policy = TokenSelect(select)
+    policy = TokenSelect(select, record=True)  # the program of `explain`
     program = Program(model, settings, policy, 0, sharding, implementation, valid_vocab)
     first = prompt if after else prompt[:-1]
     program, arguments = decode.request(program, [first], (), key)
