@@ -108,22 +108,24 @@ def test_rows_comparison_and_resumption(opened, tmp_path, monkeypatch):
 def test_a_users_prompts_cost_agreement_and_time(opened, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text(
-        json.dumps({"prompt": "To be, or not to be. " * 6, "references": "question"})
+        json.dumps({"prompt": "To be, or not to be. " * 18 + "Or is it?", "references": "question"})
         + "\n\n"
         + json.dumps({"input": "A sample " * 9, "answer_prefix": "\nIs", "outputs": ["a", "b"]})
         + "\n"
     )
     options = dataclasses.replace(
-        PAIR, data=str(file), max_new_tokens=6, capacity=140, methods=("token_select",)
+        PAIR, data=str(file), max_new_tokens=6, capacity=400, methods=("token_select",)
     )
     result = evaluate.run(CONFIG, tmp_path, options, Workdir(tmp_path))
     dense, mine = result["rows"]
-    assert (dense["task"], dense["length"], dense["longest_prompt"]) == ("mine", 140, 126)
+    assert (dense["task"], dense["length"], dense["longest_prompt"]) == ("mine", 400, 387)
     assert {"prefill_ms", "token_ms_p50", "token_ms_p95", "tokens_per_s"} <= mine.keys()
     assert mine["tokens_read"] == 64
     # without right answers agreement alone is compared
     file.write_text(
-        "plain text, a prompt of its own " * 4 + "\n{not JSON, but long enough to read}\n"
+        "plain text, a prompt of its own " * 12
+        + "then more"
+        + "\n{not JSON, but long enough to read}\n"
     )
     result = evaluate.run(CONFIG, tmp_path, options, Workdir(tmp_path))
     assert result["accuracy"] is None
