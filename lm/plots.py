@@ -30,6 +30,14 @@ _COLOURS = {
     "hmm": "#D55E00",
     "hydra": "#009E73",
     "draft_model": "#CC79A7",
+    "token_select": "#0072B2",
+    "streaming_llm": "#D55E00",
+    "quest": "#E69F00",
+    "snapkv": "#009E73",
+    "infllm": "#CC79A7",
+    "h2o": "#56B4E9",
+    "dense": "#000000",
+    "random": "#8C6D31",
 }
 _OTHERS = ("#56B4E9", "#000000", "#8C6D31", "#6A51A3")
 _LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
@@ -237,6 +245,7 @@ def rates(
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     colours = dict.fromkeys((*_COLOURS.values(), *_OTHERS))
     palette = dict(zip(names, itertools.cycle(colours), strict=False))
+    palette |= {name: _COLOURS[name] for name in names if name in _COLOURS}
     inches = max(6.4, 1.6 + 0.9 * len(cases) * len(lengths))
     figure, axes = _new(inches, 3.7, columns=len(lengths))
     highest = max(row["tflops"] for row in rows)
@@ -271,22 +280,42 @@ def by_rank(
     lines: per label, which starts with the method, (rank, value, half of its 95 % interval or NaN).
     baselines: methods without a rank, as horizontal lines.
     """
+    return _curves(lines, "rank", ylabel, baselines)
+
+
+@_styled
+def by_size(
+    lines: Mapping[str, Sequence[tuple[int, float, float]]],
+    xlabel: str,
+    ylabel: str,
+    baselines: Mapping[str, float] | None = None,
+    log: bool = False,
+) -> Figure:
+    """As `by_rank`, against a number of tokens or the like; `log`: both axes are logarithmic."""
+    return _curves(lines, xlabel, ylabel, baselines, log)
+
+
+def _curves(lines, xlabel, ylabel, baselines, log=False) -> Figure:
     figure, axes = _new(6.4, 3.5)
     for (label, points), style in zip(lines.items(), _line_styles(lines), strict=True):
         x, y, reach = zip(*sorted(points), strict=True)
         reach = [0.0 if math.isnan(value) else value for value in reach]
         axes.errorbar(x, y, yerr=reach, color=colour(label), linestyle=style, marker="o", **_MARKS)
-    ranks = sorted({point[0] for points in lines.values() for point in points})
+    places = sorted({point[0] for points in lines.values() for point in points})
     for name, value in (baselines or {}).items():
         axes.axhline(value, color="#888888", linestyle=(0, (2, 2)), linewidth=1.2)
         place = (0, value), ("axes fraction", "data")
         axes.annotate(name, *place[:1], (3, 3), xycoords=place[1], textcoords="offset points")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(rank) for rank in ranks])
+    axes.set_xticks(places, [f"{place:,}" for place in places])
     axes.minorticks_off()
-    axes.set_xlim(ranks[0] / 1.2, ranks[-1] * 1.2)
-    axes.set_ylim(bottom=0 if baselines else None)
-    axes.set_xlabel("rank")
+    axes.set_xlim(places[0] / 1.2, places[-1] * 1.2)
+    if log:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
+    else:
+        axes.set_ylim(bottom=0 if baselines else None)
+    axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     _label_ends(axes, list(lines), containers=True)
     return figure

@@ -5,25 +5,21 @@ Every figure and table is made again from the rows, nothing is measured here. Wh
 not hold is left out, with a line that says which command would add it.
 """
 
-import base64
 import dataclasses
-import functools
 import json
 import pathlib
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 
-from lm import plots, tables
+from lm import page, plots, tables
 from lm.errors import UserError
+from lm.page import Code, Picture, Section, Text
 from lm.workdir import Workdir
 
 Row = Mapping[str, Any]
 
-_TEMPLATES = pathlib.Path(__file__).parent / "templates"
 _FILES = (
     "config.json",
     "plan.json",
@@ -36,6 +32,9 @@ _TITLES = {
     "evaluate": "Held-out conversations, by turn",
     "verify": "Against plain causal passes over the same samples",
     "acceptance": "Drafts of CP heads: expected tokens per trunk call, without a decoder",
+    "stage": "Stages of one layer",
+    "decode": "Decoding",
+    "long_context": "Answers from long contexts, by method and what a step reads",
 }
 _SHOWN = {  # columns of kinds whose rows hold more than fits a page
     "acceptance": (
@@ -48,8 +47,15 @@ _SHOWN = {  # columns of kinds whose rows hold more than fits a page
         "head_parameters",
         "source",
         "trained_on",
-    )
+    ),
+    "long_context": (
+        "method",
+        *("task", "length", "budget", "accuracy", "agreement", "to_dense"),
+        *("tokens_read", "samples", "seed"),
+    ),
 }
+_SETTING = ("method", "depth", "key", "context", "batch")
+_STAGE = ("stage", "by", "mode", "tokens", "shadow")
 _METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
 
 
@@ -68,9 +74,9 @@ class Run:
     plan: Mapping[str, Any] | None = None
 
     @property
-    def drafts(self) -> bool:
-        """Whether the run is about heads that draft, not about modes of training."""
-        return "head" in self.config
+    def decodes(self) -> bool:
+        """Whether the run is about decoding, not about modes of training."""
+        return _decodes(self.config)
 
     @property
     def num_rows(self) -> int:
@@ -85,51 +91,6 @@ class Report:
     html: str
     figures: Mapping[str, bytes]
     rows: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A paragraph; a `hint` says what is missing, and `command` what adds it."""
-
-    text: str
-    command: str = ""
-    kind: str = "text"
-
-
-@dataclasses.dataclass(frozen=True)
-class Code:
-    """Preformatted text, behind its title when folded."""
-
-    text: str
-    title: str = ""
-    folded: bool = False
-    kind: str = "code"
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A PNG on the page."""
-
-    title: str
-    png: bytes
-    scale: float = 96 / plots.DPI  # pixels on the page per pixel of the image
-    kind: str = "picture"
-
-    @property
-    def data(self) -> str:
-        return base64.b64encode(self.png).decode()
-
-    @property
-    def width(self) -> int:
-        return int(struct.unpack(">I", self.png[16:20])[0] * self.scale)
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it, in order."""
-
-    title: str
-    blocks: tuple[Any, ...]
 
 
 def gather(workdirs: Sequence[str | pathlib.Path]) -> list[Run]:
@@ -174,7 +135,11 @@ def _read(path: pathlib.Path, method: str | None = None) -> Run:
 
 
 def _label(path: pathlib.Path, config: Mapping[str, Any]) -> str:
-    return path.name if "head" in config else config.get("data", {}).get("mode", path.name)
+    return path.name if _decodes(config) else config.get("data", {}).get("mode", path.name)
+
+
+def _decodes(config: Mapping[str, Any]) -> bool:
+    return not config.keys().isdisjoint({"head", "select"})
 
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -211,13 +176,9 @@ def build(workdirs: Sequence[str | pathlib.Path]) -> Report:
         _pictures(runs, figures),
         *_setting(runs),
     ]
-    page = _environment().get_template("report.html.jinja")
     names = ", ".join(path.resolve().name for path in _given(runs))
-    html = page.render(
-        title=f"Skim: {names}",
-        subtitle=_subtitle(runs[0]),
-        sections=_without_empty(sections, hints=not all(run.drafts for run in runs)),
-    )
+    shown = _without_empty(sections, hints=not all(run.decodes for run in runs))
+    html = page.render(f"Skim: {names}", _subtitle(runs[0]), shown)
     return Report(html, figures, sum(run.num_rows for run in runs))
 
 
@@ -251,17 +212,6 @@ def save_figures(report: Report, folder: str | pathlib.Path) -> list[str]:
     return saved
 
 
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
 def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     """Every figure that the rows of these runs allow, by name."""
     found = {}
@@ -291,10 +241,11 @@ def _depths(run: Run) -> list[Row]:
 
 
 def latest(rows: Sequence[Row] | Any) -> list[Row]:
-    """The last row of each method and depth: a repeated measurement replaces the earlier one."""
+    """The last row of each setting: a repeated measurement replaces the earlier one."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        found[row.get("method"), row.get("depth")] = row
+        keys = _STAGE if "stage" in row else _SETTING
+        found[tuple(row.get(key) for key in keys)] = row
     return list(found.values())
 
 
@@ -444,7 +395,10 @@ def _speed(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
     blocks: list[Any] = []
     if "speed" in figures:
         blocks.append(Picture("Medians of alternating steps", figures["speed"]))
-    return Section("Speed", (*blocks, tables.table(rows)))
+    for kind in dict.fromkeys(row.get("kind", "") for row in rows):
+        own = [row for row in rows if row.get("kind", "") == kind]
+        blocks.append(tables.table(own, _TITLES.get(kind, ""), _SHOWN.get(kind)))
+    return Section("Speed", tuple(blocks))
 
 
 def _pictures(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section | None:
