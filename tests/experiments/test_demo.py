@@ -29,7 +29,7 @@ def test_an_unknown_demo_is_one_clear_line(tmp_path):
     assert got.returncode == 2
     (line,) = got.stderr.splitlines()
     assert "nonsense" in line
-    assert {"single_pass", "cp_heads"} <= set(line.replace(",", " ").split())
+    assert {"single_pass", "cp_heads", "token_select"} <= set(line.replace(",", " ").split())
     assert not (tmp_path / "demo").exists()
 
 
@@ -84,3 +84,24 @@ def test_cp_heads_demo(tmp_path):
     assert abs(best["tokens_per_call"] - best["expected_tokens_per_call"]) < 0.5
     assert any(line.startswith(best["method"]) for line in lines)
     assert (tmp_path / "demo/cp_heads/plots/acceptance_greedy_by_rank.png").is_file()
+
+
+@pytest.mark.slow
+def test_token_select_demo(tmp_path):
+    got = command("--only=token_select", f"--workdir={tmp_path}/demo")
+    assert got.returncode == 0, got.stderr
+    *lines, last = got.stdout.splitlines()
+    result = json.loads(last)
+    page = pathlib.Path(result["report"]).read_text()
+    assert "Answers from long contexts" in page
+    assert "single_pass" not in page
+    rows = result["demos"]["token_select"]["rows"]
+    assert {row["method"] for row in rows} == {"dense", "token_select", "snapkv"}
+    found = {(row["method"], row["task"]): row for row in rows}
+    for task in ("passkey", "number_string"):
+        dense, selected = found["dense", task], found["token_select", task]
+        assert dense["accuracy"] >= 0.8
+        assert selected["accuracy"] >= 0.95 * dense["accuracy"]
+        assert selected["tokens_read"] < 0.25 * dense["tokens_read"]
+    assert any(line.startswith("token_select") for line in lines)
+    assert (tmp_path / "demo/token_select/plots/accuracy_by_task.png").is_file()
