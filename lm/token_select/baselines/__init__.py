@@ -6,7 +6,7 @@
 | dense | everything | dense | true |
 | token_select | votes of the step's own queries | as `select.prefill` | as `select.positions` |
 | streaming_llm | nothing: first and recent tokens | as `select.prefill` | packed |
-| infllm | blocks, by representative keys | as `select.prefill` | packed |
+| infllm | blocks, by representative keys | as `select.prefill` | as `select.positions` |
 | quest | pages, by bounds on products | dense | true |
 | h2o | tokens with the most attention so far | dense | true |
 | snapkv | tokens that the prompt's last queries voted for | dense | true |
@@ -17,6 +17,7 @@ A dense prompt costs what dense attention does, and cannot read beyond the train
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from lm.errors import UserError
 from lm.token_select.baselines.h2o import H2O
@@ -64,8 +65,7 @@ def _streaming_llm(config: SelectConfig, budget: int) -> Policy:
 
 def _infllm(config: SelectConfig, budget: int) -> Policy:
     size = block_size(_between(config, budget), 128)
-    ends = config.n_init, config.n_local
-    return InfLLM(budget, config.chunk, *ends, block=size, prefill=config.prefill)
+    return InfLLM(budget, config.chunk, **_shared(config), block=size)
 
 
 def _quest(config: SelectConfig, budget: int) -> Policy:
@@ -82,15 +82,13 @@ def _snapkv(config: SelectConfig, budget: int) -> Policy:
 
 def _random(config: SelectConfig, budget: int) -> Policy:
     _between(config, budget)
-    return Random(
-        budget,
-        config.chunk,
-        n_init=config.n_init,
-        n_local=config.n_local,
-        prefill=config.prefill,
-        rope=config.rope,
-        positions=config.positions,
-    )
+    return Random(budget, config.chunk, **_shared(config))
+
+
+def _shared(config: SelectConfig) -> dict[str, Any]:
+    """What methods that select in the way of TokenSelect take over."""
+    names = ("n_init", "n_local", "prefill", "rope", "positions")
+    return {name: getattr(config, name) for name in names}
 
 
 def _between(config: SelectConfig, budget: int, spent: int = 0) -> int:

@@ -6,13 +6,13 @@ A token represents its block by the mean product of its key with the queries tha
 local window; a block is as relevant as the sum of its representatives' products with the query,
 over all heads. First tokens and the local window are always read.
 
-Deviates: whole chunks of queries enter or leave a token's window at once; every product is taken as
-if the key lay n_local before the query; what is read has packed positions where the paper puts all
-blocks at one distance; blocks begin at multiples of their size; nothing is moved off the device.
+Deviates: whole chunks of queries enter or leave a token's window at once; with keys that are
+rotated when they are read every product is taken as if the key lay n_local before the query, and
+what is read has packed or true positions, where the paper puts all blocks at one distance; blocks
+begin at multiples of their size; nothing is moved off the device.
 """
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ class InfLLM(Baseline):
     block: int = 128
     representatives: int = 4
     prefill: str = "select"
-    rope: ClassVar[str] = "read"
-    positions: ClassVar[str] = "packed"
+    rope: str = "read"
+    positions: str = "packed"
 
     @property
     def newest(self) -> int:
@@ -69,7 +69,7 @@ class InfLLM(Baseline):
         slots = jnp.minimum(slots, S - 1).reshape(B, -1)
         sequence = jnp.arange(B, dtype=jnp.int32)[:, None]
         keys = view.buffers.k[view.layer, sequence, slots]  # [B, blocks * r, K, H]
-        q = view.mean_query(self.n_local).astype(jnp.float32)
+        q = view.mean_query(self.n_local if self.rope == "read" else None).astype(jnp.float32)
         q = jnp.sum(q.reshape(B, view.lists, -1, q.shape[-1]), axis=2)
         products = jnp.einsum("BKH,BSKH->BS", q, keys.astype(jnp.float32))
         return view.heads.sum(jnp.sum(products.reshape(B, blocks, r), axis=-1))
@@ -77,10 +77,13 @@ class InfLLM(Baseline):
     def _extended(self, state: State, view: View) -> State:
         """With what the new queries give to the tokens in their window."""
         slots, real = reading.new_slots(view)
-        position = jnp.full((1, view.q.shape[1]), self.n_local, jnp.int32)
+        q = view.q
+        if self.rope == "read":
+            position = jnp.full((1, q.shape[1]), self.n_local, jnp.int32)
+            q = layers.apply_rope(q, layers.rope_table(view.config, position))
         begin = jnp.maximum(view.starts - self.n_local, 0)
         given = token_importance(
-            layers.apply_rope(view.q, layers.rope_table(view.config, position)),
+            q,
             view.buffers.k,
             begin=begin,
             end=jnp.where(real, slots, 0),  # those that follow, not its own

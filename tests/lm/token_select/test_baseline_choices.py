@@ -179,7 +179,11 @@ def infllm(policy, q, k, prompt):
     calls = [(c, min(c + CHUNK, prompt)) for c in range(0, prompt, CHUNK)]
     calls += [(t, t + 1) for t in range(prompt, prompt + STEPS)]
     for start, total in calls:
-        rows = [turned(q[start + i], policy.n_local + i) for i in range(total - start)]
+        raw = policy.rope == "read"  # else keys and queries are rotated as they lie
+        rows = [
+            turned(q[start + i], policy.n_local + i) if raw else q[start + i]
+            for i in range(total - start)
+        ]
         query = np.mean(rows, axis=0)
         score = {}
         for t in range(total):
@@ -190,7 +194,7 @@ def infllm(policy, q, k, prompt):
         between = policy.budget - policy.n_init - policy.n_local
         yield [listed(total, policy.n_init, policy.n_local, score, between)]
         for row in range(start, total):
-            x = turned(q[row], policy.n_local)
+            x = turned(q[row], policy.n_local) if raw else q[row]
             for t in range(max(0, start - policy.n_local), row):
                 given[t].append(H**-0.5 * sum(x[h] @ k[t, kv] for h, kv in heads))
 
@@ -201,6 +205,10 @@ CASES = {
     "h2o": (H2O(11, CHUNK, recent=4), h2o),
     "snapkv": (SnapKV(16, CHUNK, window=9, kernel=5), snapkv),
     "infllm": (InfLLM(24, CHUNK, n_init=2, n_local=9, block=4, representatives=2), infllm),
+    "infllm_written": (
+        InfLLM(21, CHUNK, n_init=2, n_local=8, block=4, rope="write", positions="true"),
+        infllm,
+    ),
 }
 
 
