@@ -174,8 +174,9 @@ def effects(
     log_p, log_q = (np.asarray(jax.nn.log_softmax(x, axis=-1)) for x in (logits, without))
     real = np.isfinite(log_p)
     token = int(np.argmax(logits))
-    change = np.where(real, log_q - log_p, 0.0)
-    shift = np.where(real, without - logits, 0.0)
+    with np.errstate(invalid="ignore"):  # what is no token of the vocabulary is -inf in both
+        change = np.where(real, log_q - log_p, 0.0)
+        shift = np.where(real, without - logits, 0.0)
     return Effects(
         token,
         -np.sum(np.exp(log_p) * change, axis=-1),
