@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -405,3 +406,33 @@ def _label_group(axes: Axes, ends: Sequence[Any]) -> None:
             va="center",
             annotation_clip=False,
         )
+
+
+@_styled
+def heat(values: Any, labels: Sequence[str], xlabel: str, title: str = "") -> Figure:
+    """A map of `values` [rows, columns] from 0 to 1, a labelled row each; of many columns, the
+    largest of every few is shown."""
+    most = 480
+    rows, columns = values.shape
+    every = -(-columns // most)
+    padded = np.zeros((rows, -(-columns // every) * every), np.float32)
+    padded[:, :columns] = values
+    shown = padded.reshape(rows, -1, every).max(axis=2)
+    figure, axes = _new(8.4, 1.3 + 0.17 * min(rows, 40))
+    image = axes.imshow(
+        shown,
+        aspect="auto",
+        interpolation="nearest",
+        cmap="YlOrBr",
+        vmin=0,
+        vmax=max(1e-6, float(values.max())),
+        extent=(0, shown.shape[1] * every, rows - 0.5, -0.5),
+    )
+    axes.grid(False)
+    step = -(-rows // 40)
+    axes.set_yticks(range(0, rows, step), list(labels)[::step], fontsize=7)
+    axes.set_xlim(0, columns)
+    axes.set_xlabel(xlabel)
+    axes.set_title(title)
+    figure.colorbar(image, ax=axes, fraction=0.025, pad=0.01)
+    return figure

@@ -173,3 +173,16 @@ def test_by_rank_holds_the_rows_and_the_baselines():
     texts = {text.get_text() for text in axes.texts}
     assert {"autoregressive", "cp n=4", "hmm n=4"} <= texts
     assert axes.get_ylim()[0] == 0
+
+
+def test_heat_shows_the_largest_of_columns_that_share_a_place():
+    values = np.zeros((2, 1000))
+    values[1, 501] = 0.7
+    figure = plots.heat(values, ["a", "b"], "token")
+    (image,) = figure.axes[0].images
+    shown = np.asarray(image.get_array())
+    assert shown.shape[1] <= 480
+    assert shown[0].max() == 0
+    assert shown[1].max() == pytest.approx(0.7)
+    assert (shown > 0).sum() == 1
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
