@@ -13,7 +13,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["cp_heads", "single_pass"]
+    assert [path.stem for path in NOTEBOOKS] == ["cp_heads", "single_pass", "token_select"]
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
