@@ -53,6 +53,10 @@ IMPLEMENTATION = flags.DEFINE_enum(
 def main() -> dict[str, Any]:
     if (PROMPT.value is None) == (PROMPTS.value is None):
         raise UserError("pass one of --prompt and --prompts")
+    if DROP.value is not None:
+        highlights.parse(DROP.value)  # refused before anything runs
+        if STEP.value >= MAX_NEW_TOKENS.value:
+            raise UserError(f"--step={STEP.value} is not below --max_new_tokens")
     select = cli.config(TokenSelectConfig).select
     path = pathlib.Path(CHECKPOINT.value)
     speaker = speaking.load(path, select, dtype=DTYPE.value).speaker

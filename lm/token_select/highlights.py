@@ -17,23 +17,29 @@ _LEVELS = 10  # of shade
 _TORN = "\ufffd"  # stands for a part of a character
 
 
+def parse(text: str) -> tuple[int | None, int]:
+    """(START, END), or (None, N) of "top:N". Raises UserError."""
+    first, _, last = text.partition(":")
+    if not last.isdecimal() or not (first == "top" or first.isdecimal()):
+        raise UserError(f"--drop={text!r}: expected top:N or START:END")
+    return (None if first == "top" else int(first)), int(last)
+
+
 def spans(text: str, found: Explanation, step: int) -> np.ndarray:
     """[n, 2] int32: what "top:N" (the N picked tokens with the most votes over all layers of that
     step, one by one) or "START:END" (slots) asks to leave out. Raises UserError."""
-    first, _, last = text.partition(":")
-    if not last.isdigit() or not (first == "top" or first.isdigit()):
-        raise UserError(f"--drop={text!r}: expected top:N or START:END")
-    if first != "top":
-        if not int(first) < int(last) <= len(found.prompt) + step:
+    first, last = parse(text)
+    if first is not None:
+        if not first < last <= len(found.prompt) + step:
             raise UserError(
                 f"--drop={text}: not a span of the {len(found.prompt) + step} tokens before"
             )
-        return np.array([[int(first), int(last)]], np.int32)
+        return np.array([[first, last]], np.int32)
     votes = np.zeros(len(found.prompt) + len(found.tokens))
     here = found.steps[step]
     for slots, given in zip(here.kept, here.votes, strict=True):
         np.add.at(votes, slots[slots >= 0], given[slots >= 0])
-    best = np.argsort(-votes, kind="stable")[: int(last)]
+    best = np.argsort(-votes, kind="stable")[:last]
     best = best[votes[best] > 0]
     if not len(best):
         raise UserError(f"--drop={text}: nothing was picked for token {step}")

@@ -70,22 +70,15 @@ def test_a_filled_cache_says_so():
         "--contexts=100",
         "--new_tokens=2",
         "--repeats=1",
-        "--require=speedup>=1e-9",
+        "--methods=token_select",
     )
-    for row in result["rows"]:
-        assert row["prompt"] == "filled"
-        assert row["ttft_ms"] is None
-        assert row["tokens_per_s"] > 0
+    (row,) = result["rows"]
+    assert row["prompt"] == "filled"
+    assert row["ttft_ms"] is None
+    assert row["tokens_per_s"] > 0
+    assert result["speedup"] is None
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (("--contexts=17",), "a budget of 18 tokens is above the context of 17"),
-        (("--contexts=1k",), "--contexts=1k: whole numbers needed"),
-        (("--filled", "--methods=h2o"), "h2o learns from the prompt"),
-        (("--methods=sparse",), "unknown method 'sparse'"),
-    ],
-)
-def test_refusals(flags, reason):
-    assert reason in commands.refusal("token_select.benchmark", *SMALL, *flags)
+def test_a_refusal():
+    line = commands.refusal("token_select.benchmark", *SMALL, "--contexts=1k")
+    assert "--contexts=1k: whole numbers needed" in line

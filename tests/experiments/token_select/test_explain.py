@@ -22,6 +22,7 @@ SMALL = (
     "--config.select.chunk=8",
 )
 PROMPT = "The grass is green. <b> & the sky is blue, home once more."
+SECOND = "Off we go again, and what is the pass key this time?"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_what_was_read_is_written_and_shown(tmp_path, checkpoint):
-    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\nOff we go again.\n")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + f"\n{SECOND}\n")
     flags = (f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/out", "--max_new_tokens=4")
     result, err = commands.run(
         "token_select.explain", *SMALL, checkpoint, *flags, "--drop=top:2", "--step=2"
@@ -65,16 +66,8 @@ def test_what_was_read_is_written_and_shown(tmp_path, checkpoint):
         assert (out / f"heat_{number}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        ((), "pass one of --prompt and --prompts"),
-        (
-            (f"--prompt={PROMPT}", "--max_new_tokens=2", "--drop=best"),
-            "--drop='best': expected top:N or START:END",
-        ),
-    ],
-)
-def test_refusals(tmp_path, checkpoint, flags, reason):
-    line = commands.refusal("token_select.explain", *SMALL, checkpoint, f"--out={tmp_path}", *flags)
-    assert reason in line
+def test_refusals(tmp_path):
+    flags = (f"--checkpoint={tmp_path}", f"--out={tmp_path}/out", f"--prompt={PROMPT}")
+    line = commands.refusal("token_select.explain", *SMALL, *flags, "--drop=best")
+    assert "--drop='best': expected top:N or START:END" in line
+    assert not (tmp_path / "out").exists()

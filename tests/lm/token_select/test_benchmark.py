@@ -47,3 +47,25 @@ def test_layers_that_fit_is_what_the_arrays_take():
     assert benchmark.layers_that_fit(model, SELECT, tokens, 10**12) == 6
     with pytest.raises(UserError, match="not one layer fits"):
         benchmark.layers_that_fit(model, SELECT, tokens, 10**4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"contexts": (40, 17)}, "a budget of 18 tokens is above the context of 17"),
+        ({"contexts": (40,), "budget": 41}, "a budget of 41 tokens is above the context of 40"),
+        ({"methods": ("h2o",), "filled": True}, "h2o learns from the prompt"),
+        ({"methods": ("sparse",)}, "unknown method 'sparse'"),
+        ({"batch_sizes": (0,)}, "--batch_sizes=0 must be"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(options, reason):
+    with pytest.raises(UserError, match=reason):
+        benchmark.Options(**options).policies(MODEL, SELECT)
+
+
+def test_policies_that_start_from_nothing_can_be_timed_on_a_filled_cache():
+    names = ("dense", "token_select", "streaming_llm", "random")
+    options = benchmark.Options(methods=names, filled=True)
+    select = dataclasses.replace(SELECT, reuse=0.9)
+    assert tuple(options.policies(MODEL, select)) == names
