@@ -62,6 +62,7 @@ def test_stages_come_in_their_order(config, folder, monkeypatch):
         study.run(config, workdir, "all", 0)
 
 
+@pytest.mark.slow
 def test_a_study_in_pieces(config, folder, monkeypatch):
     # Hydra and the draft model are timed in test_baselines
     heads = ["cp r2 n2", "hmm_linear r2 n2"]
