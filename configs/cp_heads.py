@@ -25,7 +25,36 @@ def get_config(preset: str = "smoke") -> ConfigDict:
 
 
 def smoke() -> ConfigDict:
-    """Seconds on a CPU."""
+    """Seconds on a CPU, its study a minute."""
+    study = ConfigDict()
+    study.ranks = (1, 2)
+    study.lengths = (3,)
+    study.hmm = "linear"
+    study.head_steps = 30
+    study.head_batch = 4
+    study.draft_layers = 1
+    study.draft_dim = 32
+    study.draft_steps = 20
+    study.prompt_tokens = 32
+    study.new_tokens = 24
+    study.repeats = 2
+    study.batches = ()
+    study.check_tokens = 500
+    return _studied(_base(), study)
+
+
+def _studied(config: ConfigDict, study: ConfigDict) -> ConfigDict:
+    """With a comparison of heads, and without what files of source code have no use for."""
+    config.study = study
+    for name in ("on_error", "min_turns", "max_turns", "max_number", "max_operand"):
+        del config.data[name]
+    for name in ("b1", "b2", "eps"):
+        del config.optimizer[name]
+    return config
+
+
+def _base() -> ConfigDict:
+    """What the presets share."""
     config = common.smoke()
     config.head = head = ConfigDict()
     head.rank = 4
@@ -48,28 +77,12 @@ def smoke() -> ConfigDict:
 
     config.data.source = "python"
     config.data.seq_len = 128
-
-    config.study = study = ConfigDict()
-    study.ranks = (1, 2)
-    study.lengths = (3,)
-    study.temperatures = (0.0, 1.0)
-    study.hmm = "linear"
-    study.head_steps = 30
-    study.head_batch = 4
-    study.draft_layers = 1
-    study.draft_dim = 32
-    study.draft_steps = 20
-    study.prompt_tokens = 32
-    study.new_tokens = 24
-    study.repeats = 2
-    study.batches = ()
-    study.check_tokens = 500
     return config
 
 
 def demo() -> ConfigDict:
     """The embedded arithmetic: regular enough for a model of a minute to draft well."""
-    config = smoke()
+    config = _base()
     config.model = shapes.model(num_layers=2, embed_dim=64, head_dim=16, mlp_dim=192, qk_norm=True)
     config.data.source = "arithmetic"
     config.data.tokenizer = "bpe:400"
@@ -87,7 +100,7 @@ def demo() -> ConfigDict:
 
 def colab() -> ConfigDict:
     """One small accelerator."""
-    config = smoke()
+    config = _base()
     config.model = shapes.model(
         num_layers=8,
         embed_dim=384,
@@ -132,19 +145,21 @@ def python_100m() -> ConfigDict:
     config.train.keep_checkpoints = 1
     config.sampling.max_new_tokens = 192
     config.loss.fraction = 0.25
-    config.study.ranks = (1, 2, 4, 8)
-    config.study.lengths = (4, 8)
-    config.study.head_steps = 1200
-    config.study.head_batch = 16
-    config.study.draft_layers = 2
-    config.study.draft_dim = 256
-    config.study.draft_steps = 1000
-    config.study.prompt_tokens = 64
-    config.study.new_tokens = 256
-    config.study.repeats = 5
-    config.study.batches = (8, 32)
-    config.study.check_tokens = 100_000
-    return config
+    study = ConfigDict()
+    study.ranks = (1, 2, 4, 8)
+    study.lengths = (4, 8)
+    study.hmm = "linear"
+    study.head_steps = 1200
+    study.head_batch = 16
+    study.draft_layers = 2
+    study.draft_dim = 256
+    study.draft_steps = 1000
+    study.prompt_tokens = 64
+    study.new_tokens = 256
+    study.repeats = 5
+    study.batches = (8, 32)
+    study.check_tokens = 100_000
+    return _studied(config, study)
 
 
 def paper() -> ConfigDict:

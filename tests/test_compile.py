@@ -10,7 +10,14 @@ from tests import commands
 PAPER = "--config=configs/single_pass.py:paper"
 
 
-@pytest.mark.parametrize(("topology", "hbm"), [("v5p:4x4x4", 95 * 2**30), ("v6e:8x8", 32 * 2**30)])
+# whole models for more than one pod are long runs
+_PODS = (
+    ("v5p:4x4x4", 95 * 2**30),
+    pytest.param("v6e:8x8", 32 * 2**30, marks=pytest.mark.slow),
+)
+
+
+@pytest.mark.parametrize(("topology", "hbm"), _PODS)
 def test_the_paper_preset_fits(topology, hbm):
     result, _ = commands.run("compile", PAPER, f"--topology={topology}")
     print(json.dumps(result))
