@@ -23,6 +23,7 @@ from ops.dispatch import Unsupported
 
 FLAGS = flags.FLAGS
 C = TypeVar("C", bound=Config)
+N = TypeVar("N", int, float)
 
 
 class CheckFailed(Exception):
@@ -71,6 +72,15 @@ def initialize_distributed() -> None:
     """Joins the other hosts, which JAX finds from the environment (Cloud TPU, Slurm, MPI)."""
     if FLAGS.distributed:
         jax.distributed.initialize()
+
+
+def numbers(name: str, texts: Sequence[str], kind: type[N] = int) -> tuple[N, ...]:
+    """The values of a list flag: whole numbers, or with `kind` float any. Raises UserError."""
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError:
+        wanted = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"--{name}={','.join(texts)}: {wanted} needed") from None
 
 
 def run(main: Callable[[], dict[str, Any]]) -> None:

@@ -9,8 +9,8 @@ sequence draws from its own keys.
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from lm.errors import UserError
 from lm.sharding import Sharding
 
 Params = transformer.Params
+S = TypeVar("S")  # the state of a decode loop
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,7 +112,7 @@ def generate(
       UserError: no prompts, an empty one, or one that does not fit into the capacity.
       ops.dispatch.Unsupported: the named implementation cannot serve.
     """
-    pieces = stream(
+    found = stream(
         model_config,
         params,
         prompts,
@@ -125,8 +126,8 @@ def generate(
         indices=indices,
         chunk=sampling.max_new_tokens,
     )
-    (whole,) = pieces
-    return whole
+    (everything,) = found
+    return everything
 
 
 def stream(
@@ -155,12 +156,28 @@ def stream(
     program, arguments = _request(program, prompts, stop_ids, key, capacity, indices)
     params = prepare(model_config, params)
     state = _prefill(program, params, *arguments)
-    seen = np.zeros(len(prompts), np.int32)
-    for limit in range(chunk, sampling.max_new_tokens + chunk, chunk):
-        limit = min(limit, sampling.max_new_tokens)
-        state = _decode(program, params, state, arguments[-2], limit)
-        piece, seen, finished = collect(state, seen)
+    decode = functools.partial(_decode, program, params)
+    for piece, _ in pieces(decode, state, arguments[-2], len(prompts), sampling, chunk):
         yield piece
+
+
+def pieces(
+    decode: Callable[[S, np.ndarray, int], S],
+    state: S,
+    stop_ids: np.ndarray,
+    count: int,
+    sampling: SamplingConfig,
+    chunk: int,
+) -> Iterator[tuple[list[Generation], S]]:
+    """What `count` sequences give, every `chunk` draws, and the state then.
+
+    decode: (state, stop_ids, limit) -> the state after `limit` draws.
+    """
+    seen = np.zeros(count, np.int32)
+    for limit in range(chunk, sampling.max_new_tokens + chunk, chunk):
+        state = decode(state, stop_ids, min(limit, sampling.max_new_tokens))
+        piece, seen, finished = collect(state, seen)
+        yield piece, state
         if finished:
             return
 
@@ -180,22 +197,27 @@ def measure(
     program = _Program(model_config, sampling, 0, sharding, implementation, valid_vocab)
     program, arguments = _request(program, prompts, (), key, None, None)
     params = prepare(model_config, params)
-    state = _decode(
-        program,
-        params,
-        _prefill(program, params, *arguments),
-        arguments[-2],
-        min(2, sampling.max_new_tokens),
-    )
-    jax.block_until_ready(state)
+    prefill = functools.partial(_prefill, program, params, *arguments)
+    decode = functools.partial(_decode, program, params)
+    return timed(prefill, decode, arguments[-2], sampling.max_new_tokens)
+
+
+def timed(
+    prefill: Callable[[], S],
+    decode: Callable[[S, np.ndarray, int], S],
+    stop_ids: np.ndarray,
+    new_tokens: int,
+) -> Timing:
+    """Times `prefill` and every draw after it, after a run of both that compiles; see `pieces`."""
+    jax.block_until_ready(decode(prefill(), stop_ids, min(2, new_tokens)))
     start = time.perf_counter()
-    state = jax.block_until_ready(_prefill(program, params, *arguments))
-    prefill, steps = time.perf_counter() - start, []
-    for limit in range(2, sampling.max_new_tokens + 1):
+    state = jax.block_until_ready(prefill())
+    first, steps = time.perf_counter() - start, []
+    for limit in range(2, new_tokens + 1):
         start = time.perf_counter()
-        state = jax.block_until_ready(_decode(program, params, state, arguments[-2], limit))
+        state = jax.block_until_ready(decode(state, stop_ids, limit))
         steps.append(time.perf_counter() - start)
-    return Timing(prefill, np.array(steps))
+    return Timing(first, np.array(steps))
 
 
 def prepare(config: ModelConfig, params: Params) -> Params:
@@ -318,19 +340,28 @@ def _prefill(
         sharding=program.sharding,
         implementation=program.implementation,
     )
-    B, new = tokens.shape[0], program.sampling.max_new_tokens
     state = _State(
         cache=cache,
-        keys=jax.vmap(lambda index: jax.random.fold_in(key, index))(indices),
-        last=jnp.zeros(B, jnp.int32),
-        tokens=jnp.zeros((B, new), jnp.int32),
-        log_probs=jnp.zeros((B, new), jnp.float32),
-        counts=jnp.zeros(B, jnp.int32),
-        stopped=jnp.zeros(B, bool),
-        done=lengths == 0,
-        step=jnp.zeros((), jnp.int32),
+        **nothing_drawn(key, indices, lengths, program.sampling.max_new_tokens),
     )
     return _drawn(program, state, logits, stop_ids)
+
+
+def nothing_drawn(
+    key: jax.Array, indices: jax.Array, lengths: jax.Array, new_tokens: int
+) -> dict[str, jax.Array]:
+    """The fields of a loop's state that `drawn` fills; sequences of length 0 are done."""
+    B = len(lengths)
+    return {
+        "keys": jax.vmap(lambda index: jax.random.fold_in(key, index))(indices),
+        "last": jnp.zeros(B, jnp.int32),
+        "tokens": jnp.zeros((B, new_tokens), jnp.int32),
+        "log_probs": jnp.zeros((B, new_tokens), jnp.float32),
+        "counts": jnp.zeros(B, jnp.int32),
+        "stopped": jnp.zeros(B, bool),
+        "done": lengths == 0,
+        "step": jnp.zeros((), jnp.int32),
+    }
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -397,15 +428,29 @@ def decode_logits(
 
 
 def _drawn(program: _Program, state: _State, logits: jax.Array, stop_ids: jax.Array) -> _State:
-    """Draws a token for every sequence that is not done and files it."""
+    new = drawn(state, logits, stop_ids, program.sampling, program.valid_vocab)
+    return new if program.sharding is None else _placed(new, program.sharding)
+
+
+def drawn(
+    state: S,
+    logits: jax.Array,  # [B, V] float32
+    stop_ids: jax.Array,  # [stops] int32
+    config: SamplingConfig,
+    valid_vocab: int | None,
+) -> S:
+    """Draws a token for every sequence that is not done and files it.
+
+    state: of a loop, with the fields of `nothing_drawn`.
+    """
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
-    token = sampling.sample(logits, program.sampling, keys, program.valid_vocab)
-    plain = jax.nn.log_softmax(sampling.masked_logits(logits, program.valid_vocab), axis=-1)
+    token = sampling.sample(logits, config, keys, valid_vocab)
+    plain = jax.nn.log_softmax(sampling.masked_logits(logits, valid_vocab), axis=-1)
     log_prob = jnp.take_along_axis(plain, token[:, None], axis=1)  # [B, 1]
     stop = jnp.any(token[:, None] == stop_ids[None, :], axis=1) & ~state.done
     keep = ~state.done & ~stop
     column = (0, state.step)
-    new = dataclasses.replace(
+    return dataclasses.replace(
         state,
         last=jnp.where(keep, token, state.last),
         tokens=jax.lax.dynamic_update_slice(
@@ -419,7 +464,6 @@ def _drawn(program: _Program, state: _State, logits: jax.Array, stop_ids: jax.Ar
         done=state.done | stop,
         step=state.step + 1,
     )
-    return new if program.sharding is None else _placed(new, program.sharding)
 
 
 def _placed(state: _State, sharding: Sharding) -> _State:
@@ -429,8 +473,13 @@ def _placed(state: _State, sharding: Sharding) -> _State:
         k=sharding.constrain(state.cache.k, None, "batch", None, "kv_heads", None),
         v=sharding.constrain(state.cache.v, None, "batch", None, "kv_heads", None),
     )
-    whole = {
+    return dataclasses.replace(state, cache=cache, **whole(state, sharding))
+
+
+def whole(state: Any, sharding: Sharding, *more: str) -> dict[str, jax.Array]:
+    """The fields of a loop's state that `collect` reads, and `more`, whole on every device."""
+    names = ("tokens", "log_probs", "counts", "stopped", "done", *more)
+    return {
         name: sharding.constrain(getattr(state, name), *[None] * getattr(state, name).ndim)
-        for name in ("tokens", "log_probs", "counts", "stopped", "done")
+        for name in names
     }
-    return dataclasses.replace(state, cache=cache, **whole)

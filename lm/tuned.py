@@ -5,7 +5,7 @@ whoever uses them for others is told."""
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ import numpy as np
 
 from lm import transformer
 from lm.errors import UserError
+from lm.progress import say
 from lm.text.chat import ChatTemplate
 from lm.text.tokenizers import Tokenizer
 from lm.workdir import Workdir, environment
 
 FILE = "tuned.json"
-_SAMPLED = 4096  # numbers of each parameter, evenly spread
+_DIGESTED = 4096  # numbers of each parameter
 
 
 def hashes(
@@ -34,18 +35,28 @@ def hashes(
 
 
 def digest(params: transformer.Params) -> str:
-    """Of a sample of every parameter in bfloat16: the same for an export in another dtype."""
+    """Of a part of every parameter (of the last layer, where they are stacked), in bfloat16: the
+    same for a checkpoint and its export in another dtype, another for one that trained on."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        numbers = jnp.ravel(leaf)[:: max(leaf.size // _SAMPLED, 1)].astype(jnp.bfloat16)
-        found.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
-        found.update(np.asarray(numbers).tobytes())
+        keys = [entry.key for entry in path]
+        part = leaf[-1] if keys[0] == "layers" else leaf
+        part = np.asarray(part[: _DIGESTED // max(int(np.prod(part.shape[1:])), 1) + 1])
+        found.update("/".join(keys).encode())
+        found.update(part.reshape(-1)[:_DIGESTED].astype(jnp.bfloat16).tobytes())
     return found.hexdigest()
 
 
 def differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Which of model, tokenizer and template are not those of then."""
     return [name for name in now if then.get(name) != now[name]]
+
+
+def report(then: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Says so where settings are taken up by something else than they were tuned for."""
+    different = differences(then, now)
+    if different:
+        say(f"tuned for another {' and '.join(different)}: tune again for settings that fit")
 
 
 def write(workdir: Workdir, chosen: Mapping[str, Any], rows: list[dict[str, Any]]) -> None:
@@ -56,10 +67,13 @@ def write(workdir: Workdir, chosen: Mapping[str, Any], rows: list[dict[str, Any]
     workdir.write(FILE, json.dumps(result, indent=2) + "\n")
 
 
-def read(path: pathlib.Path, command: str) -> dict[str, Any]:
+def read(path: pathlib.Path, command: str, fields: Iterable[str]) -> dict[str, Any]:
     """The choice in a file, or in tuned.json of a workdir.
 
-    command: what writes it, for the message. Raises UserError.
+    command: what writes it, for the message.
+    fields: that a choice has.
+
+    Raises UserError.
     """
     file = path / FILE if path.is_dir() else path
     try:
@@ -68,6 +82,6 @@ def read(path: pathlib.Path, command: str) -> dict[str, Any]:
         raise UserError(f"{file}: {error.strerror}; {command} writes it") from None
     except (ValueError, KeyError, TypeError):
         chosen = None
-    if not isinstance(chosen, dict):
+    if not isinstance(chosen, dict) or not set(fields) <= chosen.keys():
         raise UserError(f"{file}: not what {command} writes")
     return chosen

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ops import _masked_attention_tpu, dispatch
+from ops import _tpu, dispatch
 from ops._cached_attention_reference import row_slots
 from ops._token_importance_tpu import in_lanes
 from ops._varying import common_varying
@@ -38,7 +38,7 @@ def gathered_attention(
     S, K = k.shape[2:4]
     settings = kernels.Settings(
         scale=scale,
-        vmem_bytes=attention_kernels.vmem_bytes(_masked_attention_tpu._chip()),
+        vmem_bytes=attention_kernels.vmem_bytes(_tpu.chip()),
         interpret=tpu_interpret.current(),
     )
     tokens = _tokens(q, k, indices.shape[1], rope is not None, settings.vmem_bytes)
@@ -145,9 +145,7 @@ def _full_tables(rope: tuple[jax.Array, jax.Array], to_block: tuple[int, int]):
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array, indices: jax.Array, rope) -> None:
-    platform = dispatch.current_platform()
-    if platform != "tpu" and tpu_interpret.current() is None:
-        raise dispatch.Unsupported(f"pallas_tpu: runs on TPU (here: {platform})")
+    _tpu.require()
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.dtype.name not in _DTYPES:
             raise dispatch.Unsupported(

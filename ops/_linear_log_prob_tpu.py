@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ops import _masked_attention_tpu, dispatch
+from ops import _tpu, dispatch
 from ops._linear_log_prob_reference import combine, first_column, weighted_total
 from ops._linear_log_prob_xla import instantiated
 from ops._varying import common_varying, varying_like
@@ -55,9 +55,7 @@ class _Call:
 def _fitting(x: jax.Array, w: jax.Array) -> tuple[kernels.BlockSizes, int]:
     """Blocks, and what of VMEM they may take. Raises Unsupported unless the kernels serve these
     arrays here."""
-    platform = dispatch.current_platform()
-    if platform != "tpu" and tpu_interpret.current() is None:
-        raise dispatch.Unsupported(f"pallas_tpu: runs on TPU (here: {platform})")
+    _tpu.require()
     if x.dtype != w.dtype or x.dtype.name not in _DTYPES:
         raise dispatch.Unsupported(
             f"pallas_tpu: x and w of types {x.dtype} and {w.dtype}; one of "
@@ -67,7 +65,7 @@ def _fitting(x: jax.Array, w: jax.Array) -> tuple[kernels.BlockSizes, int]:
         raise dispatch.Unsupported(
             f"pallas_tpu: {x.shape[1]} columns of x; multiples of {_LANES} are served"
         )
-    vmem_bytes = masked_attention_tpu.vmem_bytes(_masked_attention_tpu._chip())
+    vmem_bytes = masked_attention_tpu.vmem_bytes(_tpu.chip())
     try:
         return block_sizes(x, w, vmem_bytes), vmem_bytes
     except ValueError as error:

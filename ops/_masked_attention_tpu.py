@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ops import dispatch
+from ops import _tpu, dispatch
 from ops._varying import common_varying, varying_like
 from ops.block_table import EMPTY
 from ops.visibility import Visibility
@@ -44,7 +44,7 @@ def masked_attention(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, H], [B, T, N]
     _check(q, k, v)
-    chip = _chip()
+    chip = _tpu.chip()
     blocks = _fitting(block_sizes(chip, q, k), q, k, visibility)
     q, k, v, visibility = common_varying((q, k, v, visibility))
     call = _Call(scale, blocks, kernels.vmem_bytes(chip), tpu_interpret.current())
@@ -58,9 +58,7 @@ def block_sizes(chip: str | None, q: jax.Array, k: jax.Array) -> BlockSizes:
 
 
 def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-    platform = dispatch.current_platform()
-    if platform != "tpu" and tpu_interpret.current() is None:
-        raise dispatch.Unsupported(f"pallas_tpu: runs on TPU (here: {platform})")
+    _tpu.require()
     if not q.dtype == k.dtype == v.dtype or q.dtype.name not in _DTYPES:
         raise dispatch.Unsupported(
             f"pallas_tpu: q, k and v of types {q.dtype}, {k.dtype} and {v.dtype}; one of "
@@ -74,14 +72,6 @@ def _check(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
             f"pallas_tpu: {group} query heads per key and value head; up to {_LARGEST_GROUP} are "
             "served"
         )
-
-
-def _chip() -> str | None:
-    """The device kind that code is traced for, where that is known."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None and device.platform == "tpu":
-        return device.device_kind
-    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
 def _fitting(blocks: BlockSizes, q: jax.Array, k: jax.Array, visibility: Visibility) -> BlockSizes:

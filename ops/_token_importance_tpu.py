@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ops import _masked_attention_tpu, _stacked, dispatch
+from ops import _stacked, _tpu, dispatch
 from ops._token_importance_xla import Combination, combined
 from ops._varying import common_varying
 from pallas_kernels import masked_attention_tpu as attention_kernels
@@ -53,7 +53,7 @@ def token_importance(
         heads=heads,
         maximum=reduce == "max",
         window=window,
-        vmem_bytes=attention_kernels.vmem_bytes(_masked_attention_tpu._chip()),
+        vmem_bytes=attention_kernels.vmem_bytes(_tpu.chip()),
         interpret=tpu_interpret.current(),
     )
 
@@ -118,9 +118,7 @@ def _rows(W: int, G: int) -> tuple[int, int]:
 
 
 def _check(q: jax.Array, k: jax.Array, rows: int) -> None:
-    platform = dispatch.current_platform()
-    if platform != "tpu" and tpu_interpret.current() is None:
-        raise dispatch.Unsupported(f"pallas_tpu: runs on TPU (here: {platform})")
+    _tpu.require()
     if q.dtype.name not in _Q_DTYPES or k.dtype.name not in _K_DTYPES:
         raise dispatch.Unsupported(
             f"pallas_tpu: q of type {q.dtype} and k of type {k.dtype}; q of "

@@ -28,9 +28,9 @@ from absl import flags
 
 from configs import shapes
 from experiments import cli, gate
-from lm import prompting
+from lm import prompting, tuned
 from lm.config import ModelConfig, freeze
-from lm.cp_heads import attach, benchmark, checkpoints, evaluate, prompts, tune
+from lm.cp_heads import benchmark, checkpoints, evaluate, prompts, tune
 from lm.cp_heads.baselines import DraftModel, Hydra, hydra_width, train_head, train_hydra
 from lm.cp_heads.benchmark import Method
 from lm.cp_heads.checkpoints import Loaded
@@ -72,8 +72,8 @@ def main() -> dict[str, Any]:
     requirements = gate.parse(REQUIRE.value, NAMES)
     config = cli.config(CpConfig)
     options = benchmark.Options(
-        batches=_numbers("batches", BATCHES.value, int),
-        temperatures=_numbers("temperatures", TEMPERATURES.value, float),
+        batches=cli.numbers("batches", BATCHES.value, int),
+        temperatures=cli.numbers("temperatures", TEMPERATURES.value, float),
         new_tokens=NEW_TOKENS.value,
         groups=GROUPS.value,
         repeats=REPEATS.value,
@@ -113,13 +113,6 @@ def main() -> dict[str, Any]:
     return result
 
 
-def _numbers(name: str, texts: list[str], kind: type) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(text) for text in texts)
-    except ValueError:
-        raise UserError(f"--{name}={','.join(texts)}: numbers needed") from None
-
-
 def _loaded(config: CpConfig) -> list[Loaded]:
     """The checkpoints, which have to share a trunk."""
     found = [(path, checkpoints.load(pathlib.Path(path), config)) for path in CHECKPOINT.value]
@@ -129,9 +122,9 @@ def _loaded(config: CpConfig) -> list[Loaded]:
         found.insert(0, (str(path), tune.apply(choice, checkpoints.load(path, config))))
     if not found:
         raise UserError("which heads? give --checkpoint or --tuned")
-    trunk = attach.digest(found[0][1].params)
+    trunk = tuned.digest(found[0][1].params)
     for path, one in found:
-        if attach.digest(one.params) != trunk:
+        if tuned.digest(one.params) != trunk:
             raise UserError(f"{path} has another trunk than {found[0][0]}")
     return [one for _, one in found]
 

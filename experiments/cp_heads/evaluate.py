@@ -20,7 +20,6 @@ from absl import flags
 from experiments import cli, gate
 from lm.cp_heads import evaluate
 from lm.cp_heads.config import CpConfig
-from lm.errors import UserError
 from ops.dispatch import IMPLEMENTATIONS
 
 NAMES = ("expected_tokens_per_call",)
@@ -44,15 +43,11 @@ IMPLEMENTATION = flags.DEFINE_enum(
 
 def main() -> dict[str, Any]:
     requirements = gate.parse(REQUIRE.value, NAMES)
-    try:
-        temperatures = tuple(float(text) for text in TEMPERATURES.value)
-    except ValueError:
-        raise UserError(f"--temperatures={','.join(TEMPERATURES.value)}: numbers needed") from None
     options = evaluate.Options(
         texts=TEXTS.value,
         prompt_tokens=PROMPT_TOKENS.value,
         batch_size=BATCH_SIZE.value,
-        temperatures=temperatures,
+        temperatures=cli.numbers("temperatures", TEMPERATURES.value, float),
         seed=SEED.value,
         implementation=IMPLEMENTATION.value,
     )

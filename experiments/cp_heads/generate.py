@@ -96,7 +96,7 @@ def _loaded() -> speaking.Drafting:
     else:
         raise UserError("which head? give --checkpoint or --tuned")
     loaded = speaking.load(path, dtype=DTYPE.value)
-    return loaded if choice is None else speaking.tuned(loaded, choice)
+    return loaded if choice is None else speaking.as_chosen(loaded, choice)
 
 
 def _timed(stream: Callable[[], Iterable[Any]]) -> tuple[Any, float]:

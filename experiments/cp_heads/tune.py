@@ -22,7 +22,6 @@ from experiments import cli
 from lm.cp_heads import evaluate, tune
 from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import TRANSITIONS
-from lm.errors import UserError
 from lm.workdir import Workdir
 from ops.dispatch import IMPLEMENTATIONS
 
@@ -46,12 +45,8 @@ IMPLEMENTATION = flags.DEFINE_enum(
 
 
 def main() -> dict[str, Any]:
-    try:
-        ranks = tuple(int(text) for text in RANKS.value)
-    except ValueError:
-        raise UserError(f"--ranks={','.join(RANKS.value)}: whole numbers needed") from None
     options = tune.Options(
-        ranks=ranks,
+        ranks=cli.numbers("ranks", RANKS.value),
         transitions=tuple(TRANSITIONS_.value),
         timed=TIMED.value,
         sequences=SEQUENCES.value,

@@ -81,8 +81,8 @@ def main() -> dict[str, Any]:
     config = cli.config(TokenSelectConfig)
     options = benchmark.Options(
         methods=tuple(METHODS.value),
-        contexts=_numbers("contexts", CONTEXTS.value) or config.tasks.eval_lengths,
-        batch_sizes=_numbers("batch_sizes", BATCH_SIZES.value),
+        contexts=cli.numbers("contexts", CONTEXTS.value) or config.tasks.eval_lengths,
+        batch_sizes=cli.numbers("batch_sizes", BATCH_SIZES.value),
         budget=BUDGET.value,
         new_tokens=NEW_TOKENS.value,
         repeats=REPEATS.value,
@@ -110,13 +110,6 @@ def main() -> dict[str, Any]:
     result["speedup"] = _speedup(rows)
     result["layers"] = model.num_layers
     return _checked(rows, result, requirements)
-
-
-def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
-    try:
-        return tuple(int(text) for text in texts)
-    except ValueError:
-        raise UserError(f"--{name}={','.join(texts)}: whole numbers needed") from None
 
 
 def _model(

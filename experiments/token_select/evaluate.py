@@ -20,13 +20,11 @@ below the other by more than the 95% interval of their paired difference. Exit s
 
 import math
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from experiments import cli, gate
-from lm.errors import UserError
 from lm.token_select import evaluate
 from lm.token_select.config import TokenSelectConfig
 from lm.workdir import Workdir
@@ -68,9 +66,9 @@ def main() -> dict[str, Any]:
         methods=tuple(METHODS.value),
         budgets=tuple(BUDGETS.value),
         tasks=tuple(TASKS.value),
-        lengths=_numbers("lengths", LENGTHS.value),
+        lengths=cli.numbers("lengths", LENGTHS.value),
         samples=SAMPLES.value,
-        seeds=_numbers("seeds", SEEDS.value),
+        seeds=cli.numbers("seeds", SEEDS.value),
         data=DATA.value,
         max_new_tokens=MAX_NEW_TOKENS.value,
         capacity=CAPACITY.value,
@@ -94,13 +92,6 @@ def main() -> dict[str, Any]:
     if failed:
         raise cli.CheckFailed(result, "; ".join(failed))
     return result
-
-
-def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
-    try:
-        return tuple(int(text) for text in texts)
-    except ValueError:
-        raise UserError(f"--{name}={','.join(texts)}: whole numbers needed") from None
 
 
 if __name__ == "__main__":

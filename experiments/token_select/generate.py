@@ -27,6 +27,7 @@ from experiments import cli
 from lm.config import SamplingConfig
 from lm.errors import UserError
 from lm.generate import Generation
+from lm.long_context import quality
 from lm.token_select import speaking
 from lm.token_select.config import TokenSelectConfig
 from lm.token_select.decode import Statistics
@@ -84,7 +85,7 @@ def main() -> dict[str, Any]:
         "seconds": seconds,
         "tokens_per_s": len(other.tokens) / seconds,
         **statistics.summary(everything),
-        "agreement": _agreement(made, other),
+        "agreement": quality.agreement(made.tokens, other.tokens),
     }
     return result
 
@@ -123,16 +124,6 @@ def _timed(
     start = time.perf_counter()
     found = whole()
     return found, time.perf_counter() - start
-
-
-def _agreement(one: Generation, other: Generation) -> float:
-    """Share of the longer text before they part; 1 when they are the same."""
-    longest = max(len(one.tokens), len(other.tokens))
-    if not longest:
-        return 1.0
-    same = min(len(one.tokens), len(other.tokens))
-    differ = np.flatnonzero(one.tokens[:same] != other.tokens[:same])
-    return float((differ[0] if len(differ) else same) / longest)
 
 
 if __name__ == "__main__":

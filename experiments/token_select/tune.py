@@ -14,13 +14,11 @@ model, tokenizer and template, and `evaluate --tuned=DIR` takes it up. The last 
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
 from experiments import cli
-from lm.errors import UserError
 from lm.token_select import evaluate, tune
 from lm.token_select.config import TokenSelectConfig
 from lm.workdir import Workdir
@@ -54,13 +52,13 @@ IMPLEMENTATION = flags.DEFINE_enum(
 def main() -> dict[str, Any]:
     options = tune.Options(
         target=TARGET.value,
-        ks=_numbers("ks", KS.value),
-        n_locals=_numbers("n_locals", N_LOCALS.value),
-        pools=_numbers("pools", POOLS.value),
-        thetas=_numbers("thetas", THETAS.value, float),
+        ks=cli.numbers("ks", KS.value),
+        n_locals=cli.numbers("n_locals", N_LOCALS.value),
+        pools=cli.numbers("pools", POOLS.value),
+        thetas=cli.numbers("thetas", THETAS.value, float),
         data=evaluate.Options(
             tasks=tuple(TASKS.value),
-            lengths=_numbers("lengths", LENGTHS.value),
+            lengths=cli.numbers("lengths", LENGTHS.value),
             samples=SAMPLES.value,
             data=DATA.value,
             max_new_tokens=MAX_NEW_TOKENS.value,
@@ -78,13 +76,6 @@ def main() -> dict[str, Any]:
         best = max(row["agreement"] for row in result["rows"])
         raise cli.CheckFailed(result, f"no setting reaches {TARGET.value}; the best: {best:.4g}")
     return result
-
-
-def _numbers(name: str, texts: Sequence[str], kind: Callable[[str], Any] = int) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(text) for text in texts)
-    except ValueError:
-        raise UserError(f"--{name}={','.join(texts)}: numbers needed") from None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from lm.benchmarks.attention_problem import Heads, Problem
 from lm.benchmarks.timing import Stopwatch
 from lm.errors import UserError
 from ops import _masked_attention_tpu as tpu
+from ops import _tpu
 from ops.dispatch import Unsupported
 from ops.masked_attention import masked_attention
 from pallas_kernels import masked_attention_mosaic_config as mosaic_configs
@@ -96,7 +97,7 @@ TUNABLES: Mapping[str, Tunable] = {
     ),
     "pallas_tpu": Tunable(
         {"all": ("out", "dq", "dk", "dv")},
-        lambda name, problem: tpu.block_sizes(tpu._chip(), problem.q, problem.k),
+        lambda name, problem: tpu.block_sizes(_tpu.chip(), problem.q, problem.k),
         {"q": (128, 256, 512, 1024, 2048), "k": (256, 512, 1024, 2048), "step": (128, 256, 512)},
         _tpu_use,
     ),

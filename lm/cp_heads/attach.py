@@ -7,7 +7,6 @@ weights, so that a head is not loaded onto a model that it was not made for.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -19,14 +18,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lm import transformer
+from lm import transformer, tuned
 from lm.config import ModelConfig, freeze, to_dict
 from lm.cp_heads import head
 from lm.cp_heads.head import HeadConfig, HeadParams
 from lm.errors import RunError, UserError
 
 WEIGHTS, FIELDS = "cp_head.safetensors", "cp_head.json"
-_DIGESTED = 4096  # numbers of each parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +36,6 @@ class Attached:
     base: pathlib.Path  # the Hugging Face directory that it belongs to
     digest: str  # of that model's weights
     vocab_size: int
-
-
-def digest(params: transformer.Params) -> str:
-    """Of a part of every parameter (of the last layer, where they are stacked), in bfloat16: the
-    same for a checkpoint and its export in another dtype, another for one that trained on."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        keys = [entry.key for entry in path]
-        part = leaf[-1] if keys[0] == "layers" else leaf
-        part = np.asarray(part[: _DIGESTED // max(int(np.prod(part.shape[1:])), 1) + 1])
-        found.update("/".join(keys).encode())
-        found.update(part.reshape(-1)[:_DIGESTED].astype(jnp.bfloat16).tobytes())
-    return found.hexdigest()
 
 
 def save(
@@ -129,7 +114,7 @@ def check(attached: Attached, model: ModelConfig, params: transformer.Params) ->
             f"the model has {model.vocab_size}"
         )
     check_shapes(attached.head, attached.config, model, f"the head on {attached.base}")
-    if attached.digest != digest(params):
+    if attached.digest != tuned.digest(params):
         raise UserError(f"{attached.base}: its CP head was made for other weights; attach it anew")
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import lora, setup, transformer
+from lm import lora, setup, transformer, tuned
 from lm.config import ModelConfig
 from lm.cp_heads import attach, head
 from lm.cp_heads.config import CpConfig
@@ -117,8 +117,8 @@ def attach_run(base: pathlib.Path, run: pathlib.Path, out: pathlib.Path) -> dict
     model, own = weights.load(base)
     config = resolved.config.head
     attach.check_shapes(made, config, model, f"the head of {run}")
-    found = attach.digest(own)
-    if found != attach.digest(params):
+    found = tuned.digest(own)
+    if found != tuned.digest(params):
         raise UserError(
             f"{run} trained other weights than those of {base}: export them "
             "(python -m experiments.export) and attach the head to that directory"
@@ -132,7 +132,7 @@ def attach_random(base: pathlib.Path, config: CpConfig, out: pathlib.Path) -> di
     one."""
     model, own = weights.load(base)
     made = head.init(jax.random.key(config.train.seed), config.head, model)
-    attach.save(out, base, config.head, made, model, attach.digest(own))
+    attach.save(out, base, config.head, made, model, tuned.digest(own))
     return _saved(out, config.head, made, trained=False)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import generate, setup, transformer
+from lm import generate, setup, transformer, tuned
 from lm.config import DataConfig, ModelConfig, SamplingConfig, require_choice, require_positive
 from lm.cp_heads import attach, checkpoints, offline
 from lm.cp_heads.checkpoints import Loaded
@@ -92,7 +92,7 @@ def run(
         loaded = checkpoints.load(path, config)
         params = generate.prepare(loaded.model, loaded.params)
         data = data_of(loaded, config)
-        trunk = attach.digest(params)
+        trunk = tuned.digest(params)
         for sampling in drawn:
             key = (trunk, dataclasses.replace(data, tokenizer="", template=""), sampling)
             if key not in made:

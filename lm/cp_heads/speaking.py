@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from lm import prompting, setup
+from lm import prompting, setup, tuned
 from lm.config import SamplingConfig
 from lm.cp_heads import attach, checkpoints, decode, tune
 from lm.cp_heads.decode import Statistics
@@ -57,13 +57,13 @@ class Drafting:
         )
 
 
-def tuned(drafting: Drafting, choice: Tuned) -> Drafting:
+def as_chosen(drafting: Drafting, choice: Tuned) -> Drafting:
     """Drafts as `tune` chose; says so where that was for another model, tokenizer or template.
 
     Raises UserError for a head that the choice is not about.
     """
     speaker = drafting.speaker
-    now = tune.hashes(speaker.params, speaker.tokenizer, speaker.template)
+    now = tuned.hashes(speaker.params, speaker.tokenizer, speaker.template)
     config, head = tune.fitted(choice, drafting.config, drafting.head, now)
     return dataclasses.replace(drafting, config=config, head=head)
 

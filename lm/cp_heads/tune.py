@@ -7,7 +7,6 @@ head of P factors is a head of any smaller number, so one trained head gives man
 """
 
 import dataclasses
-import json
 import pathlib
 import statistics
 import time
@@ -17,19 +16,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import generate, setup, transformer
+from lm import generate, setup, transformer, tuned
 from lm.config import SamplingConfig, require_choice, require_positive
-from lm.cp_heads import attach, checkpoints, decode, drafters, evaluate, prompts, training
+from lm.cp_heads import checkpoints, decode, drafters, evaluate, prompts, training
 from lm.cp_heads.checkpoints import Loaded
 from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import TRANSITIONS, HeadConfig, HeadParams
 from lm.errors import RunError, UserError
 from lm.progress import Progress, say
-from lm.text.chat import ChatTemplate
-from lm.text.tokenizers import Tokenizer
-from lm.workdir import Workdir, environment
+from lm.workdir import Workdir
 
-FILE = "tuned.json"
+_COMMAND = "experiments.cp_heads.tune"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,73 +69,55 @@ class Tuned:
 
     def differences(self, now: Mapping[str, str]) -> list[str]:
         """Which of model, tokenizer and template are not those that this was tuned for."""
-        return [name for name in now if self.hashes.get(name) != now[name]]
-
-
-def hashes(
-    params: transformer.Params, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> dict[str, str]:
-    """Digests of what a choice depends on; `params` in any dtype."""
-    return {
-        "model": attach.digest(params),
-        "tokenizer": tokenizer.fingerprint,
-        "template": template.fingerprint if template is not None else "",
-    }
+        return tuned.differences(self.hashes, now)
 
 
 def hashes_of(resolved: setup.Setup, params: transformer.Params) -> dict[str, str]:
-    """The same of a run's setup."""
-    return hashes(params, resolved.tokenizer, resolved.template)
+    """Of a run's setup: what a choice depends on."""
+    return tuned.hashes(params, resolved.tokenizer, resolved.template)
 
 
 def load(path: pathlib.Path) -> Tuned:
     """The choice in a file, or in tuned.json of a workdir. Raises UserError."""
-    file = path / FILE if path.is_dir() else path
-    try:
-        fields = json.loads(file.read_text())["chosen"]
-        return Tuned(**{field.name: fields[field.name] for field in dataclasses.fields(Tuned)})
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; experiments.cp_heads.tune writes it") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: not what experiments.cp_heads.tune writes") from None
+    names = [field.name for field in dataclasses.fields(Tuned)]
+    fields = tuned.read(path, _COMMAND, names)
+    return Tuned(**{name: fields[name] for name in names})
 
 
-def checkpoint_of(tuned: Tuned) -> pathlib.Path:
+def checkpoint_of(choice: Tuned) -> pathlib.Path:
     """The head that was chosen. Raises UserError where plain decoding was."""
-    if not tuned.checkpoint:
+    if not choice.checkpoint:
         raise UserError(
             "tuned: plain decoding was fastest, no head was chosen; name a --checkpoint"
         )
-    return pathlib.Path(tuned.checkpoint)
+    return pathlib.Path(choice.checkpoint)
 
 
 def fitted(
-    tuned: Tuned, config: HeadConfig, head: HeadParams, now: Mapping[str, str]
+    choice: Tuned, config: HeadConfig, head: HeadParams, now: Mapping[str, str]
 ) -> tuple[HeadConfig, HeadParams]:
     """The head as it was chosen; says so where it was tuned for something else.
 
     Args:
-      now: `hashes` of what it is used with.
+      now: `lm.tuned.hashes` of what it is used with.
 
     Raises UserError when the head has another rank or transition, or fewer factors.
     """
-    if (config.rank, config.transition) != (tuned.rank, tuned.transition) or (
-        config.predicted < tuned.n
+    if (config.rank, config.transition) != (choice.rank, choice.transition) or (
+        config.predicted < choice.n
     ):
         raise UserError(
-            f"tuned for a head of rank {tuned.rank}, {tuned.transition}, n={tuned.n}; this one has "
-            f"rank {config.rank}, {config.transition}, n={config.predicted}"
+            f"tuned for a head of rank {choice.rank}, {choice.transition}, n={choice.n}; this one "
+            f"has rank {config.rank}, {config.transition}, n={config.predicted}"
         )
-    different = tuned.differences(now)
-    if different:
-        say(f"tuned for another {' and '.join(different)}: tune again for settings that fit")
-    return shortened(config, head, tuned.n)
+    tuned.report(choice.hashes, now)
+    return shortened(config, head, choice.n)
 
 
-def apply(tuned: Tuned, loaded: Loaded) -> Loaded:
+def apply(choice: Tuned, loaded: Loaded) -> Loaded:
     """`fitted` for a checkpoint."""
     now = hashes_of(loaded.setup, loaded.params)
-    config, head = fitted(tuned, loaded.head_config, loaded.head, now)
+    config, head = fitted(choice, loaded.head_config, loaded.head, now)
     return dataclasses.replace(loaded, head_config=config, head=head)
 
 
@@ -192,7 +171,7 @@ def run(
         row["speedup"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         workdir.append("benchmark.jsonl", row)
     best = max(rows, key=lambda row: row["tokens_per_s"])
-    tuned = Tuned(
+    choice = Tuned(
         checkpoint=best.get("checkpoint", ""),
         rank=best.get("rank", 0),
         transition=best.get("transition", ""),
@@ -201,11 +180,9 @@ def run(
         speedup=best["speedup"],
         hashes=made_for[best.get("checkpoint", "")],
     )
-    result = {"chosen": dataclasses.asdict(tuned), "rows": rows}
-    env = environment()
-    about = {name: env[name] for name in ("commit", "device", "num_devices", "date")}
-    workdir.write(FILE, json.dumps({**result, "environment": about}, indent=2) + "\n")
-    return result
+    chosen = dataclasses.asdict(choice)
+    tuned.write(workdir, chosen, rows)
+    return {"chosen": chosen, "rows": rows}
 
 
 def candidates(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm import tuned
-from lm.errors import UserError
-from lm.progress import say
 from lm.token_select.config import SelectConfig
 
 COMMAND = "experiments.token_select.tune"
@@ -17,10 +15,7 @@ FIELDS = ("n_init", "n_local", "chunk", "k", "pool", "reuse")  # of a SelectConf
 
 def read(path: pathlib.Path) -> dict[str, Any]:
     """The choice in a file, or in tuned.json of a workdir. Raises UserError."""
-    chosen = tuned.read(path, COMMAND)
-    if not {*FIELDS, "hashes"} <= chosen.keys():
-        raise UserError(f"{path}: not what {COMMAND} writes")
-    return chosen
+    return tuned.read(path, COMMAND, (*FIELDS, "hashes"))
 
 
 def apply(chosen: Mapping[str, Any], select: SelectConfig, now: Mapping[str, str]) -> SelectConfig:
@@ -29,7 +24,5 @@ def apply(chosen: Mapping[str, Any], select: SelectConfig, now: Mapping[str, str
     now: `lm.tuned.hashes` of what they are used with. Raises UserError where they do not go with
     the rest of `select`.
     """
-    different = tuned.differences(chosen["hashes"], now)
-    if different:
-        say(f"tuned for another {' and '.join(different)}: tune again for settings that fit")
+    tuned.report(chosen["hashes"], now)
     return dataclasses.replace(select, **{name: chosen[name] for name in FIELDS})

@@ -16,7 +16,6 @@ measure or explain; `request` makes their arguments.
 
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -155,14 +154,10 @@ def stream(
     program, arguments = request(program, prompts, stop_ids, key, capacity, indices)
     params = generate.prepare(model, params)
     state = prefill(program, params, *arguments)
-    seen = np.zeros(len(prompts), np.int32)
-    for limit in range(chunk, sampling.max_new_tokens + chunk, chunk):
-        limit = min(limit, sampling.max_new_tokens)
-        state = advance(program, params, state, arguments[-2], limit)
-        piece, seen, finished = generate.collect(state, seen)
+    decode = functools.partial(advance, program, params)
+    found = generate.pieces(decode, state, arguments[-2], len(prompts), sampling, chunk)
+    for piece, state in found:
         yield piece, statistics(program, state, len(prompts))
-        if finished:
-            return
 
 
 def measure(
@@ -175,17 +170,12 @@ def measure(
     """Times one batch, step by step, after a run that compiles. No token stops it."""
     program, arguments = request(program, prompts, (), key, capacity, None)
     params = generate.prepare(program.model, params)
-    new = program.sampling.max_new_tokens
-    state = prefill(program, params, *arguments)
-    jax.block_until_ready(advance(program, params, state, arguments[-2], min(2, new)))
-    start = time.perf_counter()
-    state = jax.block_until_ready(prefill(program, params, *arguments))
-    first, steps = time.perf_counter() - start, []
-    for limit in range(2, new + 1):
-        start = time.perf_counter()
-        state = jax.block_until_ready(advance(program, params, state, arguments[-2], limit))
-        steps.append(time.perf_counter() - start)
-    return Timing(first, np.array(steps))
+    return generate.timed(
+        functools.partial(prefill, program, params, *arguments),
+        functools.partial(advance, program, params),
+        arguments[-2],
+        program.sampling.max_new_tokens,
+    )
 
 
 def request(
@@ -231,21 +221,14 @@ def prefill(
     key: jax.Array,  # []
 ) -> LoopState:
     """Fills the cache and draws the first token of every sequence."""
-    B, new = tokens.shape[0], program.sampling.max_new_tokens
+    B = len(lengths)
     states, held = prefill_states(program, params, tokens, lengths)
     state = LoopState(
         cache=Cache(held.buffers, lengths, program.policy.rope),
         policy=held.policy,
         reads=held.reads,
         guard=None if program.policy.guard is None else Report.empty(B),
-        keys=jax.vmap(lambda index: jax.random.fold_in(key, index))(indices),
-        last=jnp.zeros(B, jnp.int32),
-        tokens=jnp.zeros((B, new), jnp.int32),
-        log_probs=jnp.zeros((B, new), jnp.float32),
-        counts=jnp.zeros(B, jnp.int32),
-        stopped=jnp.zeros(B, bool),
-        done=lengths == 0,
-        step=jnp.zeros((), jnp.int32),
+        **generate.nothing_drawn(key, indices, lengths, program.sampling.max_new_tokens),
         steps=jnp.zeros(B, jnp.int32),
     )
     return _drawn(program, state, transformer.logits(program.model, params, states), stop_ids)
@@ -373,28 +356,7 @@ def _context(program: Program, held: Held, starts, rows, *, prefill=False, drop=
 
 
 def _drawn(program: Program, state: LoopState, logits: jax.Array, stop_ids: jax.Array) -> LoopState:
-    """Draws a token for every sequence that is not done and files it."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
-    token = sampling.sample(logits, program.sampling, keys, program.valid_vocab)
-    plain = jax.nn.log_softmax(sampling.masked_logits(logits, program.valid_vocab), axis=-1)
-    log_prob = jnp.take_along_axis(plain, token[:, None], axis=1)  # [B, 1]
-    stop = jnp.any(token[:, None] == stop_ids[None, :], axis=1) & ~state.done
-    keep = ~state.done & ~stop
-    column = (0, state.step)
-    new = dataclasses.replace(
-        state,
-        last=jnp.where(keep, token, state.last),
-        tokens=jax.lax.dynamic_update_slice(
-            state.tokens, jnp.where(keep, token, 0)[:, None], column
-        ),
-        log_probs=jax.lax.dynamic_update_slice(
-            state.log_probs, jnp.where(keep[:, None], log_prob, 0.0), column
-        ),
-        counts=state.counts + keep,
-        stopped=state.stopped | stop,
-        done=state.done | stop,
-        step=state.step + 1,
-    )
+    new = generate.drawn(state, logits, stop_ids, program.sampling, program.valid_vocab)
     return new if program.sharding is None else _whole(program, new)
 
 
@@ -402,17 +364,12 @@ def _whole(program: Program, state: LoopState) -> LoopState:
     """The cache split over sequences and heads; what the host reads whole everywhere."""
     sharding = program.sharding
     held = _placed(program, Held(state.cache.buffers, state.policy, state.reads))
-    names = ("tokens", "log_probs", "counts", "stopped", "done", "steps")
-    whole = {
-        name: sharding.constrain(getattr(state, name), *[None] * getattr(state, name).ndim)
-        for name in names
-    }
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, buffers=held.buffers),
         policy=held.policy,
         reads=held.reads,
-        **whole,
+        **generate.whole(state, sharding, "steps"),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lm import transformer
+from lm import transformer, tuned
 from lm.config import DataConfig, ModelConfig, TrainConfig
 from lm.cp_heads import attach, checkpoints, head
 from lm.cp_heads.config import CpConfig
@@ -140,4 +140,4 @@ def test_the_digest_outlives_a_change_of_dtype(tmp_path):
     base = checkpoint(tmp_path / "base")
     model, params = weights.load(base)
     weights.save(tmp_path / "half", model, params, dtype="bfloat16")
-    assert attach.digest(weights.load(tmp_path / "half")[1]) == attach.digest(params)
+    assert tuned.digest(weights.load(tmp_path / "half")[1]) == tuned.digest(params)
