@@ -21,7 +21,7 @@ from lm.cp_heads.head import HeadConfig
 from lm.transformer import Params
 
 Row = dict[str, Any]
-_GROUPS = 4  # batches of other prompts that a timed run decodes
+_GROUPS = 16  # batches of other prompts that a timed run decodes: acceptance differs between them
 _CHECK_BATCH, _CHECK_NEW = 128, 128  # sequences and tokens of each that are compared at once
 _CHECK_FILES = 1 << 20  # held-out files that their prompts come from: all
 _BASELINES = ("autoregressive", "rank1", "hydra", "draft_model")
