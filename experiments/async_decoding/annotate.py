@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns plain answers into answers that promise their parts, for SFT.
+r"""Turns plain answers into answers that promise their parts, for SFT.
 
     python -m experiments.async_decoding.annotate --data=FILE.jsonl --out=ANNOTATED.jsonl
     python -m experiments.async_decoding.annotate --data=FILE.jsonl --out=ANNOTATED.jsonl \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quality and speed of trained runs on held-out questions, beside the sequential baseline.
+r"""Quality and speed of trained runs on held-out questions, beside the sequential baseline.
 
     python -m experiments.async_decoding.evaluate --config=configs/async_decoding.py:smoke \
         --checkpoint=DIR[,DIR...] [--baseline=DIR] [--data=FILE]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a model to promise parts of its answers, or one of the baselines.
+r"""Trains a model to promise parts of its answers, or one of the baselines.
 
     python -m experiments.async_decoding.train --config=configs/async_decoding.py:smoke \
         --workdir=DIR [--data=FILE.jsonl] [--config.stage=sft] [--config.threads.form=plain]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves that layouts say what programs mean, and that the decoder computes what was trained.
+r"""Proves that layouts say what programs mean, and that the decoder computes what was trained.
 
     python -m experiments.async_decoding.verify --config=configs/async_decoding.py:smoke \
         [--data=FILE.jsonl] [--programs=2000]

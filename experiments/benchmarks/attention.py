@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our attention beside every alternative on this machine, in one run: rates on visible pairs only.
+r"""Our attention beside every alternative on this machine, in one run: rates on visible pairs only.
 
     python -m experiments.benchmarks.attention --out=DIR
     python -m experiments.benchmarks.attention --lengths=8192,32768 --cases=one_pass,causal \

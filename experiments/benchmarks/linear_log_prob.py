@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our linear layer with log-probabilities beside every alternative on this machine, in one run.
+r"""Our linear layer with log-probabilities beside every alternative on this machine, in one run.
 
     python -m experiments.benchmarks.linear_log_prob --rows=32768 --dim=2048 --vocab=128256 \
         --out=DIR

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse prefill (a band and chosen columns) beside dense causal attention, in one run.
+r"""Sparse prefill (a band and chosen columns) beside dense causal attention, in one run.
 
     python -m experiments.benchmarks.sparse_attention --out=DIR
     python -m experiments.benchmarks.sparse_attention --lengths=65536 --heads=32x8x128 \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block configurations of the attention kernels, timed on this machine's device.
+r"""Block configurations of the attention kernels, timed on this machine's device.
 
     python -m experiments.benchmarks.tune_attention --implementation=triton --heads=32x8x128 \
         --out=DIR

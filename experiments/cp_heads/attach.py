@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts a CP head on a Hugging Face checkpoint directory, whose own files stay as they are.
+r"""Puts a CP head on a Hugging Face checkpoint directory, whose own files stay as they are.
 
     python -m experiments.cp_heads.train --config=configs/cp_heads.py:colab --workdir=RUN \
         --config.loss.mode=heads --config.init_from=HF_DIR

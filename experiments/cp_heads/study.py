@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank and transitions buy on one target: trains a trunk, all heads on it, and compares them.
+r"""What rank and transitions buy on one target: trains a trunk, all heads on it, and compares them.
 
     python -m experiments.cp_heads.study --config=configs/cp_heads.py:python_100m --workdir=DIR \
         [--stage=trunk|heads|offline|decode|check|all] [--minutes=9]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a CP head: with its model, on a frozen trunk, or with adapters of the last layers.
+r"""Trains a CP head: with its model, on a frozen trunk, or with adapters of the last layers.
 
     python -m experiments.cp_heads.train --config=configs/cp_heads.py:smoke --workdir=DIR
     python -m experiments.cp_heads.train --config=configs/cp_heads.py:smoke --workdir=DIR2 \

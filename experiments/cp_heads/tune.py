@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses draft length, rank and transition by acceptance and latency on your data and device.
+r"""Chooses draft length, rank and transition by acceptance and latency on your data and device.
 
     python -m experiments.cp_heads.tune --config=configs/cp_heads.py:smoke --workdir=DIR \
         --checkpoint=HEAD[,HEAD...] [--data=FILE.jsonl]

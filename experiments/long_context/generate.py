@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes samples of a long-context task, a JSON line each, by RULER's and InfiniteBench's rules.
+r"""Writes samples of a long-context task, a JSON line each, by RULER's and InfiniteBench's rules.
 
     python -m experiments.long_context.generate --task=niah_multikey_2 --length=4096 \
         --samples=20 --seed=1 --out=FILE.jsonl [--tokenizer=bytes|DIR] [--haystack=ESSAY.txt]

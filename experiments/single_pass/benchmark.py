@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step time, throughput, peak memory and model FLOPs per mode: same data, model and device, in one
+r"""Step time, throughput, peak memory and model FLOPs per mode: same data, model and device, in one
 run.
 
     python -m experiments.single_pass.benchmark --config=configs/single_pass.py:smoke \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains several modes on the same data for the same epochs from the same start: quality, time and
+r"""Trains several modes on the same data for the same epochs from the same start: quality, time and
 cost.
 
     python -m experiments.single_pass.compare --config=configs/single_pass.py:smoke \

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows one conversation as the model will see it: a table of tokens, and the mask as a picture.
+r"""Shows one conversation as the model will see it: a table of tokens, and the mask as a picture.
 
     python -m experiments.single_pass.inspect --config=configs/single_pass.py:smoke \
         [--data=FILE] [--index=0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a model on multi-turn reasoning conversations, every turn in one forward pass.
+r"""Trains a model on multi-turn reasoning conversations, every turn in one forward pass.
 
     python -m experiments.single_pass.train --config=configs/single_pass.py:smoke \
         --workdir=DIR [--data=FILE.jsonl]
