@@ -80,7 +80,10 @@ def demo() -> ConfigDict:
     draft.band = 128
     draft.columns = 128
     draft.least = 13
-    return long_context.of_method(long_context.demo(), draft=draft)
+    config = long_context.of_method(long_context.demo(), draft=draft)
+    config.train.steps = 240  # two models are trained
+    config.train.checkpoint_every = 240
+    return config
 
 
 def demo_draft() -> ConfigDict:

@@ -8,7 +8,7 @@
 | single_pass | all turns of a conversation trained in one pass, or one pass each | 3 minutes |
 | cp_heads | heads that draft 4 tokens at once: tokens per trunk call by rank | 50 seconds |
 | token_select | digits found from afar while a step reads a fifth of the context | 1 minute |
-| draft_inference | the same when a tenth of the context is kept, by a draft's help | 2 minutes |
+| draft_inference | the same when a tenth of the context is kept, by a draft's help | 1 minute |
 | async_decoding | parts of an answer written at once: quality and decoder steps | 1 minute |
 
 --only=all runs every one. Each works in WORKDIR/NAME; WORKDIR/report.html is about all of them.

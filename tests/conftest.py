@@ -2,10 +2,21 @@
 """A strict world for every test: four CPU devices, no silent rank promotion, full precision."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# tests compile far more than they compute
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Tests compile far more than they compute. Legacy emitters and one module per program compile three
+# times faster than kernels that are each lowered through MLIR; later XLAs have no legacy emitters,
+# and end on flags that they do not know.
+_LEGACY_EMITTERS = ("--xla_cpu_use_fusion_emitters=false",)
+QUICK_COMPILE = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        *(_LEGACY_EMITTERS if metadata.version("jaxlib").startswith("0.10.") else ()),
+    )
+)
 _FLAGS = (
     os.environ.get("XLA_FLAGS", ""),
     QUICK_COMPILE,

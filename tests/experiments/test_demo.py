@@ -119,7 +119,7 @@ def test_draft_inference_demo(tmp_path):
         assert shown in page
     assert "single_pass" not in page
     made = result["demos"]["draft_inference"]
-    assert {row["method"] for row in made["rows"]} == {"speckv", "specpc", "dense", "snapkv"}
+    assert {row["method"] for row in made["rows"]} == {"speckv", "dense", "snapkv"}
     verdicts = {row["against"]: row["verdict"] for row in made["comparisons"]}
     assert verdicts["snapkv"] == "above"
     assert all(row["agreement"] > 0.8 for row in made["draft"])
