@@ -4,13 +4,16 @@
     python -m experiments.async_decoding.benchmark --config=configs/async_decoding.py:smoke
         [--checkpoint=DIR] [--batches=1,4] [--threads=1,8] [--answers=16] [--repeats=5]
         [--prompt_tokens=4096 --compose=none,evict:snapkv:512] [--workdir=DIR]
+        [--prompt_tokens=4096 --compose=none,spec_kv:256 --draft=DIR|--draft_layers=2]
 
 The work is given: the first --answers held-out answers of the config's data, tags and all, are
 forced upon the decoder through its own steps, and their texts are decoded token after token in the
 loop of `generate`. Without a checkpoint the config's shape is filled at random, which takes as
 long. --threads are numbers of blocks that are written at a time. --prompt_tokens puts random tokens
 before shorter prompts. --compose=evict:METHOD:TOKENS starts the threads from a prompt of which that
-many tokens were kept; --compose= and names that are unknown are refused with what there is.
+many tokens were kept, spec_kv:TOKENS from one that SpecKV thins: what --draft_tokens tokens of
+--draft, or of the model's own first --draft_layers layers, attend to is kept, and the draft's time
+is part of prefill. --compose= and names that are unknown are refused with what there is.
 
 Methods alternate and medians count. critical_path_speedup is steps of the text over steps of the
 threads, wall_speedup the ratio of the times of the loops, realised the second over the first, each
@@ -30,10 +33,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import cli, gate
+from experiments import cli, compositions, gate
 from lm import prompting, transformer
 from lm.async_decoding import benchmark, figures, language, runs, training
 from lm.async_decoding.benchmark import Work
+from lm.async_decoding.compositions import FORMS
 from lm.async_decoding.config import AsyncConfig, RunConfig
 from lm.async_decoding.runs import Run
 from lm.errors import UserError
@@ -49,7 +53,14 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
 WORKDIR = flags.DEFINE_string("workdir", None, "also append the rows to benchmark.jsonl there")
 BATCHES = flags.DEFINE_list("batches", list(map(str, DEFAULTS.batches)), "answers at once")
 THREADS = flags.DEFINE_list("threads", list(map(str, DEFAULTS.threads)), "blocks at once")
-COMPOSE = flags.DEFINE_list("compose", list(DEFAULTS.compose), "none, evict:METHOD:TOKENS")
+COMPOSE = flags.DEFINE_list("compose", list(DEFAULTS.compose), ", ".join(FORMS.values()))
+DRAFT = flags.DEFINE_string("draft", "", "spec_kv: workdir or Hugging Face directory of a draft")
+DRAFT_LAYERS = flags.DEFINE_integer(
+    "draft_layers", 0, "spec_kv: instead of --draft, the model's first layers", lower_bound=0
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", compositions.Parts.draft_tokens, "spec_kv: that vote", lower_bound=1
+)
 ANSWERS = flags.DEFINE_integer("answers", 16, "of the data", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "at least, of a prompt", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "rounds over all methods")
@@ -80,8 +91,10 @@ def main() -> dict[str, Any]:
     if PROMPT_TOKENS.value:
         vocabulary = speaker.valid_vocab or speaker.model.vocab_size
         works = benchmark.lengthened(works, PROMPT_TOKENS.value, vocabulary, config.data.seed)
+    parts = compositions.Parts(DRAFT.value, DRAFT_LAYERS.value, DRAFT_TOKENS.value)
     record = _record(config)
-    result = {"rows": [record(row) for row in benchmark.benchmark(speaker, works, options)]}
+    rows = benchmark.benchmark(speaker, works, options, compositions.makers(speaker, parts))
+    result = {"rows": [record(row) for row in rows]}
     if WORKDIR.value is not None:
         folder = pathlib.Path(WORKDIR.value)
         drawn = figures.draw(figures.gather([folder]))

@@ -72,7 +72,7 @@ def test_the_benchmark_times_given_programs(tmp_path):
     assert [json.loads(line) for line in kept] == result["rows"]
     assert (tmp_path / "plots" / "benchmark.png").is_file()
     line = commands.refusal("async_decoding.benchmark", SMOKE, "--compose=spec_kv")
-    assert "a prompt thinned by a draft model: not built" in line
+    assert "--compose=spec_kv: none, evict:METHOD:TOKENS, spec_kv:TOKENS" in line
 
 
 def test_annotated_files_are_trained(tmp_path):

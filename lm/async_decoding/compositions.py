@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the threaded decoder can be put together with, by name.
+
+    none                    the decoder by itself
+    evict:METHOD:TOKENS     a prompt of which an evictor of `lm.long_context` keeps so many tokens
+    spec_kv:TOKENS          the same, by the votes of a draft model's tokens (SpecKV)
+
+What comes of another paper's room is handed in, as a `Makers`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from lm.async_decoding import evicted
+from lm.async_decoding.composed import Composition
+from lm.async_decoding.evicted import Thinned
+from lm.errors import UserError
+from lm.long_context.policy import Method
+
+NONE, EVICT, SPEC_KV = "none", "evict", "spec_kv"
+FORMS = {NONE: "none", EVICT: "evict:METHOD:TOKENS", SPEC_KV: "spec_kv:TOKENS"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Makers:
+    """What other rooms have, for one model; what is None is refused. Each raises UserError for what
+    it cannot make.
+
+    spec_kv: from the tokens that are kept, a method whose `inner` is an evictor.
+    stop_ids: end what a draft model writes.
+    """
+
+    spec_kv: Callable[[int], Method] | None = None
+    stop_ids: tuple[int, ...] = ()
+
+
+NOTHING = Makers()
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A composition as it was asked for."""
+
+    text: str
+    name: str
+    method: str = ""
+    budget: int = 0
+
+
+def parse(text: str) -> Named:
+    """What a text names. Raises UserError for anything else, with what there is."""
+    name, *rest = text.split(":")
+    known = ", ".join(FORMS.values())
+    if name not in FORMS or len(rest) != FORMS[name].count(":"):
+        raise UserError(
+            f"--compose={text}: {known}, with METHOD one of {', '.join(evicted.uniform())}"
+        )
+    if not rest:
+        return Named(text, name)
+    budget = rest[-1]
+    if not budget.isdigit() or not int(budget):
+        raise UserError(f"--compose={text}: {budget!r} is no number of tokens")
+    named = Named(text, name, rest[0] if name == EVICT else "", int(budget))
+    if name == EVICT:
+        evicted.build(named.method, named.budget)
+    return named
+
+
+def build(text: str, makers: Makers) -> tuple[Composition, Any]:
+    """The composition that a text names, and its weights. Raises UserError."""
+    named = parse(text)
+    if named.name == NONE:
+        return Composition(), ()
+    if named.name == EVICT:
+        return Thinned(evicted.build(named.method, named.budget)), ()
+    if makers.spec_kv is None:
+        raise UserError(f"--compose={text}: no draft model was named")
+    return Thinned(makers.spec_kv(named.budget), makers.stop_ids), ()
