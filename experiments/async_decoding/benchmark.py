@@ -5,6 +5,7 @@
         [--checkpoint=DIR] [--batches=1,4] [--threads=1,8] [--answers=16] [--repeats=5]
         [--prompt_tokens=4096 --compose=none,evict:snapkv:512] [--workdir=DIR]
         [--prompt_tokens=4096 --compose=none,spec_kv:256 --draft=DIR|--draft_layers=2]
+        [--prompt_tokens=4096 --compose=none,token_select:1024]
 
 The work is given: the first --answers held-out answers of the config's data, tags and all, are
 forced upon the decoder through its own steps, and their texts are decoded token after token in the
@@ -13,7 +14,9 @@ long. --threads are numbers of blocks that are written at a time. --prompt_token
 before shorter prompts. --compose=evict:METHOD:TOKENS starts the threads from a prompt of which that
 many tokens were kept, spec_kv:TOKENS from one that SpecKV thins: what --draft_tokens tokens of
 --draft, or of the model's own first --draft_layers layers, attend to is kept, and the draft's time
-is part of prefill. --compose= and names that are unknown are refused with what there is.
+is part of prefill. token_select:TOKENS picks so many tokens of the prompt in every step, the
+--select_init first and --select_local last ones among them. --compose= and names that are unknown
+are refused with what there is.
 
 Methods alternate and medians count. critical_path_speedup is steps of the text over steps of the
 threads, wall_speedup the ratio of the times of the loops, realised the second over the first, each
@@ -61,6 +64,12 @@ DRAFT_LAYERS = flags.DEFINE_integer(
 DRAFT_TOKENS = flags.DEFINE_integer(
     "draft_tokens", compositions.Parts.draft_tokens, "spec_kv: that vote", lower_bound=1
 )
+SELECT_INIT = flags.DEFINE_integer(
+    "select_init", compositions.Parts.select_init, "token_select: first tokens", lower_bound=0
+)
+SELECT_LOCAL = flags.DEFINE_integer(
+    "select_local", compositions.Parts.select_local, "token_select: last tokens", lower_bound=1
+)
 ANSWERS = flags.DEFINE_integer("answers", 16, "of the data", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "at least, of a prompt", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "rounds over all methods")
@@ -91,7 +100,9 @@ def main() -> dict[str, Any]:
     if PROMPT_TOKENS.value:
         vocabulary = speaker.valid_vocab or speaker.model.vocab_size
         works = benchmark.lengthened(works, PROMPT_TOKENS.value, vocabulary, config.data.seed)
-    parts = compositions.Parts(DRAFT.value, DRAFT_LAYERS.value, DRAFT_TOKENS.value)
+    parts = compositions.Parts(
+        DRAFT.value, DRAFT_LAYERS.value, DRAFT_TOKENS.value, SELECT_INIT.value, SELECT_LOCAL.value
+    )
     record = _record(config)
     rows = benchmark.benchmark(speaker, works, options, compositions.makers(speaker, parts))
     result = {"rows": [record(row) for row in rows]}

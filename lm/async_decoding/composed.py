@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.async_decoding import decode, pool
-from lm.async_decoding.decode import Choose, Loop, Program
+from lm.async_decoding.decode import Choose, Forward, Loop, Program
 from lm.async_decoding.tables import Tables
 from lm.transformer import Params
 
@@ -48,6 +48,10 @@ class Composition:
         )
         return logits, filled, None
 
+    def forward(self, program: Program, params: Params) -> Forward:
+        """What a step's tokens give."""
+        return decode.model_forward(program, params)
+
     def step(
         self,
         program: Program,
@@ -59,7 +63,7 @@ class Composition:
     ) -> Loop:
         """One step of every active thread."""
         del weights
-        forward = decode.model_forward(program, params)
+        forward = self.forward(program, params)
         return decode.step(program.rules, known, state, forward, choose)[0]
 
 

@@ -4,6 +4,7 @@
     none                    the decoder by itself
     evict:METHOD:TOKENS     a prompt of which an evictor of `lm.long_context` keeps so many tokens
     spec_kv:TOKENS          the same, by the votes of a draft model's tokens (SpecKV)
+    token_select:TOKENS     a prompt of which every step picks so many tokens (TokenSelect)
 
 What comes of another paper's room is handed in, as a `Makers`.
 """
@@ -15,11 +16,17 @@ from typing import Any
 from lm.async_decoding import evicted
 from lm.async_decoding.composed import Composition
 from lm.async_decoding.evicted import Thinned
+from lm.async_decoding.selected import Selected
 from lm.errors import UserError
-from lm.long_context.policy import Method
+from lm.long_context.policy import Method, Policy
 
-NONE, EVICT, SPEC_KV = "none", "evict", "spec_kv"
-FORMS = {NONE: "none", EVICT: "evict:METHOD:TOKENS", SPEC_KV: "spec_kv:TOKENS"}
+NONE, EVICT, SPEC_KV, TOKEN_SELECT = "none", "evict", "spec_kv", "token_select"
+FORMS = {
+    NONE: "none",
+    EVICT: "evict:METHOD:TOKENS",
+    SPEC_KV: "spec_kv:TOKENS",
+    TOKEN_SELECT: "token_select:TOKENS",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +35,12 @@ class Makers:
     it cannot make.
 
     spec_kv: from the tokens that are kept, a method whose `inner` is an evictor.
+    token_select: from the tokens that a step reads, a policy with keys at their true positions.
     stop_ids: end what a draft model writes.
     """
 
     spec_kv: Callable[[int], Method] | None = None
+    token_select: Callable[[int], Policy] | None = None
     stop_ids: tuple[int, ...] = ()
 
 
@@ -74,6 +83,10 @@ def build(text: str, makers: Makers) -> tuple[Composition, Any]:
         return Composition(), ()
     if named.name == EVICT:
         return Thinned(evicted.build(named.method, named.budget)), ()
+    if named.name == TOKEN_SELECT:
+        if makers.token_select is None:
+            raise UserError(f"--compose={text}: no selection was named")
+        return Selected(makers.token_select(named.budget)), ()
     if makers.spec_kv is None:
         raise UserError(f"--compose={text}: no draft model was named")
     return Thinned(makers.spec_kv(named.budget), makers.stop_ids), ()
