@@ -6,6 +6,7 @@
         [--prompt_tokens=4096 --compose=none,evict:snapkv:512] [--workdir=DIR]
         [--prompt_tokens=4096 --compose=none,spec_kv:256 --draft=DIR|--draft_layers=2]
         [--prompt_tokens=4096 --compose=none,token_select:1024]
+        [--compose=none,cp_heads --heads=DIR]
 
 The work is given: the first --answers held-out answers of the config's data, tags and all, are
 forced upon the decoder through its own steps, and their texts are decoded token after token in the
@@ -15,8 +16,9 @@ before shorter prompts. --compose=evict:METHOD:TOKENS starts the threads from a 
 many tokens were kept, spec_kv:TOKENS from one that SpecKV thins: what --draft_tokens tokens of
 --draft, or of the model's own first --draft_layers layers, attend to is kept, and the draft's time
 is part of prefill. token_select:TOKENS picks so many tokens of the prompt in every step, the
---select_init first and --select_local last ones among them. --compose= and names that are unknown
-are refused with what there is.
+--select_init first and --select_local last ones among them. cp_heads drafts
+in every thread with the CP head of --heads; drafts are kept as far as they are the program's text.
+--compose= and names that are unknown are refused with what there is.
 
 Methods alternate and medians count. critical_path_speedup is steps of the text over steps of the
 threads, wall_speedup the ratio of the times of the loops, realised the second over the first, each
@@ -70,6 +72,7 @@ SELECT_INIT = flags.DEFINE_integer(
 SELECT_LOCAL = flags.DEFINE_integer(
     "select_local", compositions.Parts.select_local, "token_select: last tokens", lower_bound=1
 )
+HEADS = flags.DEFINE_string("heads", "", "cp_heads: workdir or Hugging Face directory of a head")
 ANSWERS = flags.DEFINE_integer("answers", 16, "of the data", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "at least, of a prompt", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "rounds over all methods")
@@ -101,7 +104,12 @@ def main() -> dict[str, Any]:
         vocabulary = speaker.valid_vocab or speaker.model.vocab_size
         works = benchmark.lengthened(works, PROMPT_TOKENS.value, vocabulary, config.data.seed)
     parts = compositions.Parts(
-        DRAFT.value, DRAFT_LAYERS.value, DRAFT_TOKENS.value, SELECT_INIT.value, SELECT_LOCAL.value
+        DRAFT.value,
+        DRAFT_LAYERS.value,
+        DRAFT_TOKENS.value,
+        SELECT_INIT.value,
+        SELECT_LOCAL.value,
+        HEADS.value,
     )
     record = _record(config)
     rows = benchmark.benchmark(speaker, works, options, compositions.makers(speaker, parts))

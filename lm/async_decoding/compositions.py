@@ -5,6 +5,7 @@
     evict:METHOD:TOKENS     a prompt of which an evictor of `lm.long_context` keeps so many tokens
     spec_kv:TOKENS          the same, by the votes of a draft model's tokens (SpecKV)
     token_select:TOKENS     a prompt of which every step picks so many tokens (TokenSelect)
+    cp_heads                drafts inside each thread
 
 What comes of another paper's room is handed in, as a `Makers`.
 """
@@ -15,17 +16,20 @@ from typing import Any
 
 from lm.async_decoding import evicted
 from lm.async_decoding.composed import Composition
+from lm.async_decoding.drafting import Drafting, Proposer
 from lm.async_decoding.evicted import Thinned
 from lm.async_decoding.selected import Selected
 from lm.errors import UserError
 from lm.long_context.policy import Method, Policy
 
 NONE, EVICT, SPEC_KV, TOKEN_SELECT = "none", "evict", "spec_kv", "token_select"
+CP_HEADS = "cp_heads"
 FORMS = {
     NONE: "none",
     EVICT: "evict:METHOD:TOKENS",
     SPEC_KV: "spec_kv:TOKENS",
     TOKEN_SELECT: "token_select:TOKENS",
+    CP_HEADS: "cp_heads",
 }
 
 
@@ -36,11 +40,13 @@ class Makers:
 
     spec_kv: from the tokens that are kept, a method whose `inner` is an evictor.
     token_select: from the tokens that a step reads, a policy with keys at their true positions.
+    cp_heads: what drafts, and its weights.
     stop_ids: end what a draft model writes.
     """
 
     spec_kv: Callable[[int], Method] | None = None
     token_select: Callable[[int], Policy] | None = None
+    cp_heads: Callable[[], tuple[Proposer, Any]] | None = None
     stop_ids: tuple[int, ...] = ()
 
 
@@ -87,6 +93,11 @@ def build(text: str, makers: Makers) -> tuple[Composition, Any]:
         if makers.token_select is None:
             raise UserError(f"--compose={text}: no selection was named")
         return Selected(makers.token_select(named.budget)), ()
+    if named.name == CP_HEADS:
+        if makers.cp_heads is None:
+            raise UserError(f"--compose={text}: no head was named")
+        proposer, weights = makers.cp_heads()
+        return Drafting(proposer), weights
     if makers.spec_kv is None:
         raise UserError(f"--compose={text}: no draft model was named")
     return Thinned(makers.spec_kv(named.budget), makers.stop_ids), ()

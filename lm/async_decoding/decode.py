@@ -15,7 +15,7 @@ A model without the tags, or one that promises nothing, writes what `lm.generate
 token and draw for draw.
 
 `step` takes what computes the logits and what draws from them as functions: verification forces
-tokens, tests replace the model. ARCHITECTURE.md says how drafting heads would attach there.
+tokens, tests replace the model. `composed` puts it together with other methods.
 """
 
 import dataclasses

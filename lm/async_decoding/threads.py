@@ -227,9 +227,21 @@ def feed(state: State) -> tuple[Feed, State]:
 def settle(rules: Rules, known: Tables, state: State, drawn: jax.Array) -> State:
     """The state after tokens [B, M] int32 followed what was fed; those of rows that were not fed,
     or are still in their opening, mean nothing."""
+    every = jnp.ones(drawn.shape, bool)
+    return stepped(accept(rules, known, state, drawn, every))
+
+
+def stepped(state: State) -> State:
+    """A step further."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+
+def accept(rules: Rules, known: Tables, state: State, drawn: jax.Array, takes: jax.Array) -> State:
+    """`settle` within a step, of the rows [B, M] bool that take a token: one that drafts takes
+    several, one after the other, each as if the one before had been fed alone."""
     rows = state.rows
     block = rows.opening > 0
-    fed = rows.active & ~state.done[:, None]
+    fed = rows.active & takes & ~state.done[:, None]
     speaks = fed & ~rows.closing & (rows.fed + 1 >= rows.opening)
     kinds = known.kinds[drawn]
     cut = speaks & block & (rows.left == 0) & (kinds != tables.ASYNC_END)
@@ -240,14 +252,13 @@ def settle(rules: Rules, known: Tables, state: State, drawn: jax.Array) -> State
 
     state = _logged(state, drawn, kept, rank)
     state, complete = _read_tags(rules, known, state, drawn[:, 0], kept[:, 0])
-    state = _promised(rules, state, complete)
+    state = _promised(rules, state, complete, fed[:, 0])
     state = _moved(known, state, drawn, fed, kept, ends)
     state = _synced(rules, state)
     over = state.decoded >= rules.max_tokens
     done = state.done | over | (state.main.ended & (state.closed == state.made))
     steps = jnp.where(done & ~state.done, state.step + 1, state.steps)
-    state = dataclasses.replace(state, done=done, steps=steps, step=state.step + 1)
-    return _forked(known, state)
+    return _forked(known, dataclasses.replace(state, done=done, steps=steps))
 
 
 def _logged(state: State, drawn: jax.Array, kept: jax.Array, rank: jax.Array) -> State:
@@ -302,7 +313,7 @@ def _read_tags(
     return dataclasses.replace(state, main=new), complete
 
 
-def _promised(rules: Rules, state: State, complete: jax.Array) -> State:
+def _promised(rules: Rules, state: State, complete: jax.Array, spoke: jax.Array) -> State:
     """Keeps what a complete promise fixes. Its last token goes into the next slot, since main is
     fed first, and stands right after what was fed now and what that left free."""
     main, rows = state.main, state.rows
@@ -323,7 +334,6 @@ def _promised(rules: Rules, state: State, complete: jax.Array) -> State:
         lambda old, new: old.at[request, place].set(new, mode="drop"), state.promises, fixed
     )
     ahead = main.topic_length + 2 + tokens + 1 if rules.scheme == "predicted" else 0
-    spoke = rows.active[:, 0] & ~state.done
     rows = dataclasses.replace(
         rows, position=rows.position.at[:, 0].set(jnp.where(spoke, position, rows.position[:, 0]))
     )

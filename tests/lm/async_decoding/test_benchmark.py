@@ -105,6 +105,7 @@ def test_what_does_not_fit_is_refused():
         ({"batches": (4,)}, "2 answers for a batch of 4"),
         ({"compose": ("evict:knorm:20",)}, "the shortest prompt has 19 tokens"),
         ({"compose": ("spec_kv:8",)}, "no draft model was named"),
+        ({"compose": ("cp_heads",)}, "no head was named"),
     ):
         with pytest.raises(UserError, match=reason):
             next(benchmark.benchmark(SPEAKER, works, Options(**{"batches": (1,)} | change)))
