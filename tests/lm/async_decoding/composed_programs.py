@@ -96,10 +96,10 @@ def check_logits(run, program, expected):
     assert count >= int(run.state.threads.decoded[0]) - 1
 
 
-def without(program, dropped):
+def without(program, dropped, scheme="predicted"):
     """Logits by name, where the answer, but not the prompt, sees less of the prompt: each thread as
     one sequence."""
-    truth, standing = simulate.simulate(program), simulate.positions(program, "predicted")
+    truth, standing = simulate.simulate(program), simulate.positions(program, scheme)
     unseen = {(0, index) for index in dropped}
     for name, one in truth.items():
         if name[0] or name[1] >= len(program.prompt):

@@ -6,9 +6,10 @@ import functools
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lm.async_decoding import critical_path, drafting, verify_pool
+from lm.async_decoding import critical_path, drafting, threads, verify_pool
 from lm.async_decoding.composed import Composition
 from lm.async_decoding.drafting import Drafting
 from tests.lm.async_decoding.composed_programs import MODEL, PROMPT, SPEAKER, Run, answer, without
@@ -17,6 +18,8 @@ PROGRAMS = [
     dataclasses.replace(answer(seed, 4), prompt=PROMPT[:n])
     for seed, n in ((3, 20), (8, 11), (11, 17))
 ]
+
+RULES = threads.Rules(13, 320, "predicted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Table:
         for _ in range(self.length):
             last = weights[last]
             found.append(last)
-        return jax.numpy.stack(found, axis=-1)
+        return jnp.stack(found, axis=-1)
 
 
 def successors(lines, wrong: float) -> np.ndarray:
@@ -61,7 +64,7 @@ def test_what_is_kept_is_what_the_decoder_writes():
     """Programs of all kinds: logits after each kept token against every thread as one sequence."""
     lines = [[program.main, *program.blocks] for program in PROGRAMS]
     table = successors(itertools.chain.from_iterable(lines), wrong=0.3)
-    run = Run.begun(Drafting(Table()), PROGRAMS)
+    run = Run.begun(Drafting(Table()), PROGRAMS, rules=RULES)
     expected = [without(program, ()) for program in PROGRAMS]
     mains = [len(program.prompt) for program in PROGRAMS]
     kept = refused = 0
@@ -92,13 +95,20 @@ def test_what_is_kept_is_what_the_decoder_writes():
 
 def test_the_models_own_blocks_stay():
     """Greedy, with drafts of what the model itself said before; most blocks run into their caps."""
-    plain = Run.begun(Composition(), PROGRAMS, free="blocks")
+    run = Run.begun(Drafting(Table()), PROGRAMS, free="blocks", rules=RULES)
+    same = dataclasses.replace(run.state, pool=run.state.pool.pool)
+    plain = dataclasses.replace(run, composition=Composition(), state=jax.tree.map(jnp.copy, same))
     while not plain.finished():
         plain.step()
     written = plain.written()
     table = successors(itertools.chain.from_iterable(one.values() for one in written), wrong=0.1)
-    run = Run.begun(Drafting(Table()), PROGRAMS, free="blocks")
     while not run.finished():
         advanced(run, table)
     assert run.written() == written
     assert (run.state.threads.steps < plain.state.threads.steps).all()
+    assert (run.state.threads.decoded < RULES.max_tokens).all()  # nothing was cut
+    for b, (program, own) in enumerate(zip(PROGRAMS, written, strict=True)):
+        owners = np.asarray(run.state.pool.pool.owners)[b, : int(run.state.threads.slots[b])]
+        for number, opening in enumerate(program.openings, 1):
+            text = [token for token in own[number] if token != program.close]
+            assert (owners == number).sum() <= len(opening) + len(text) + 1

@@ -3,49 +3,29 @@
 lost where everything is picked."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.async_decoding import pool
+from lm.async_decoding.pool import Pool
 from lm.async_decoding.selected import Apart, Reading, Selected
 from lm.async_decoding.threads import Feed
 from lm.errors import UserError
 from lm.long_context.cache import Buffers
 from lm.long_context.guard import Guard
-from lm.long_context.policy import Policy, Read
+from lm.long_context.policy import Policy
 from lm.token_select.config import SelectConfig
 from lm.token_select.method import TokenSelect
 from tests.lm.async_decoding.composed_programs import (
     MODEL,
-    PROMPT,
     Run,
     answer,
     check_logits,
     without,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Odd(Policy):
-    """Every other token of the prompt, when the answer reads it."""
-
-    chunk: int = 8
-
-    def select(self, state, view):
-        if view.prefill:
-            return None, state
-        slots = 2 * jnp.arange(view.capacity // 2, dtype=jnp.int32)[None] + 1
-        return Read(jnp.broadcast_to(slots, (len(view.rows), slots.shape[1])), view.total // 2), {}
-
-
-def test_threads_see_what_is_picked():
-    program = answer()
-    run = Run.begun(Selected(Odd()), [program])
-    assert run.state.threads.slots.tolist() == [0]  # the pool is the answer's alone
-    check_logits(run, program, without(program, range(0, len(PROMPT), 2)))
 
 
 def test_a_budget_that_covers_the_prompt_loses_nothing():
@@ -56,29 +36,52 @@ def test_a_budget_that_covers_the_prompt_loses_nothing():
 
 
 def test_a_step_picks_by_the_mean_of_its_rows():
-    seen = []
-
-    @dataclasses.dataclass(frozen=True)
-    class Recording(Policy):
-        def select(self, state, view):
-            seen.append(view)
-            return None, state
-
+    """Against numpy: three rows of two requests, of which one stands still in the second."""
     rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
-    k = jnp.zeros((2, 2, 8, 2, 8))
-    lengths = jnp.array([5, 7], jnp.int32)
-    owners = jnp.array([[0, -1, 2], [-1, -1, -1]], jnp.int32)
-    rows = Feed(*(owners if name == "threads" else jnp.zeros((2, 3), jnp.int32)
-                  for name in (f.name for f in dataclasses.fields(Feed))))  # fmt: skip
-    held = Apart(Buffers(k, k), {}, lengths, pool.Pool(k, k, jnp.zeros((2, 8), jnp.int32)))
-    context = Reading(held, rows, jnp.zeros(2, jnp.int32), MODEL, Recording())
-    read, _ = context._picked({}, jnp.int32(0), jnp.asarray(q))
-    (view,) = seen
-    np.testing.assert_allclose(view.q[0, 0], (q[0, 0] + q[0, 2]) / 2, rtol=1e-6)
-    assert view.rows.tolist() == [1, 0]
-    assert int(view.total[0]) == 5
-    assert jax.tree.map(lambda x: x.tolist(), read) == Read([list(range(8))] * 2, [5, 7])
+    B, T, S, P, N, K, H = 2, 3, 6, 9, 4, 2, 8
+    draw = functools.partial(rng.normal, size=(B, T, N, H))
+    q, k, v = draw(), draw()[:, :, :K], draw()[:, :, :K]
+    prompt, held = (rng.normal(size=(2, 2, B, n, K, H)).astype(np.float32) for n in (16, S))
+    lengths = np.array([P, P - 2])
+    threads = np.array([[0, 1, 2], [0, -1, 1]])
+    rows = Feed(
+        tokens=jnp.zeros((B, T), jnp.int32),
+        positions=jnp.zeros((B, T), jnp.int32),
+        threads=jnp.asarray(threads),
+        joined=jnp.array([[1, 0, 0], [0, -1, 0]]),
+        forks=jnp.array([[99, 2, 2], [99, 0, 3]]),
+        slots=jnp.array([[3, 4, 5], [4, 99, 5]]),
+    )
+    owners = np.array([[0, 0, 1, 0, 1, 2], [0, 0, 0, 1, 0, 1]])
+    select = SelectConfig(1, 2, 2, chunk=2, rope="write", positions="true", scale_scores=True)
+    pool = Pool(*map(jnp.asarray, held), jnp.asarray(owners))
+    apart = Apart(Buffers(*map(jnp.asarray, prompt)), {}, jnp.asarray(lengths), pool)
+    context = Reading(apart, rows, jnp.full(B, S), MODEL, TokenSelect(select))
+    new = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    out, (keys, _, _) = jax.jit(context.attend)(context.state, jnp.int32(1), *new)
+    np.testing.assert_allclose(keys[1, 0, 5], k[0, 2], rtol=1e-6)
+    for b, t in np.argwhere(threads >= 0).tolist():
+        mean = q[b][threads[b] >= 0].mean(axis=0)
+        own = owners[b] == threads[b, t]
+        sees = own | ((owners[b] <= rows.joined[b, t]) & (np.arange(S) < rows.forks[b, t]))
+        answered = held[:, 1, b].copy()
+        for row in np.flatnonzero(threads[b] >= 0):
+            answered[:, rows.slots[b, row]] = k[b, row], v[b, row]
+        end = int(lengths[b]) - 2
+        votes = np.zeros(end)
+        for head in range(N):
+            products = prompt[0, 1, b, :end, head // 2] @ mean[head] / H**0.5
+            shares = np.exp(products[1:] - products[1:].max())
+            votes[1:] += shares / shares.sum()
+        best = 1 + np.argsort(-votes[1:])[:2]
+        picked = sorted([0, *best.tolist(), end, end + 1])
+        for head in range(N):
+            both = [np.concatenate([prompt[i, 1, b, picked, head // 2],
+                                    answered[i, sees, head // 2]]) for i in (0, 1)]  # fmt: skip
+            scores = both[0] @ q[b, t, head] / H**0.5
+            weights = np.exp(scores - scores.max())
+            expected = weights @ both[1] / weights.sum()
+            np.testing.assert_allclose(out[b, t, head], expected, rtol=0, atol=1e-5)
 
 
 def test_what_threads_cannot_read_is_refused():
