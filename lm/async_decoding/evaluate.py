@@ -174,7 +174,7 @@ def measure(
             "text": answer.text,
             "decoded": answer.decoded,
             "steps": max(answer.steps, 1),
-            "seconds": None if math.isnan(answer.seconds) else answer.seconds,
+            "seconds": answer.seconds,
             "finished": answer.finished,
             "well_formed": loaded.config.threads.form != "async"
             or pairs.well_formed(answer, tokenizer, tokenizer.stop_ids),
