@@ -5,10 +5,11 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm import prompting, transformer
-from lm.async_decoding import composed, decode, language, simulate, threads, verify, verify_pool
+from lm.async_decoding import decode, language, simulate, threads, verify, verify_pool
 from lm.async_decoding.composed import Composition
 from lm.config import ModelConfig
 from lm.text.tokenizers import ByteTokenizer
@@ -22,7 +23,7 @@ MODEL = ModelConfig(
 )
 SPEAKER = prompting.Speaker(
     model=MODEL,
-    params=transformer.init(MODEL, jax.random.key(0)),
+    params=jax.jit(transformer.init, static_argnums=0)(MODEL, jax.random.key(0)),
     tokenizer=TOKENIZER,
     template=None,
     stop_ids=TOKENIZER.stop_ids,
@@ -39,7 +40,9 @@ def answer(seed: int = 3, blocks: int = 3):
 
 @dataclasses.dataclass
 class Run:
-    """A composition on programs, step by step; `free` leaves blocks, or all, to the model."""
+    """A composition on programs, step by step as `composed` takes them: its own parts and the state
+    machine are compiled apart, so that compositions share the latter. `free` leaves blocks, or all,
+    to the model."""
 
     composition: Composition
     static: decode.Program
@@ -51,17 +54,21 @@ class Run:
     def begun(cls, composition, programs, free="", rules=RULES):
         static, known, *prompts = verify_pool.arguments(SPEAKER, programs, rules)
         script = verify_pool.script_of(programs, free == "blocks")
-        script = np.full_like(script, verify_pool.FREE) if free == "all" else script
+        script = jnp.full_like(script, verify_pool.FREE) if free == "all" else jnp.asarray(script)
         arguments = composition.ahead(static, SPEAKER.params, *prompts)
-        fixed = static, composition, verify_pool.forcing
-        script = jax.numpy.asarray(script)
-        state = composed.begin(*fixed, SPEAKER.params, known, script, *arguments)
-        return cls(composition, static, known, script, state)
+        logits, pool, slots = _prefill(static, composition, SPEAKER.params, *arguments)
+        lengths = jnp.asarray(arguments[1])
+        slots = lengths if slots is None else slots
+        state = _first(static, known, lengths, logits, slots, script)
+        return cls(composition, static, known, script, decode.Loop(pool, state, lengths))
 
     def step(self):
         """What was fed, and the logits after it, of one step."""
-        given = SPEAKER.params, self.known, self.state, self.script
-        self.state, (fed, logits) = _step(self.static, self.composition, *given)
+        fed, before = _feed(self.state.threads)
+        given = SPEAKER.params, fed, before.slots, self.state.pool
+        logits, pool = _forward(self.static, self.composition, *given)
+        after = _settle(self.static, self.known, before, logits, self.script)
+        self.state = dataclasses.replace(self.state, pool=pool, threads=after)
         return fed, logits
 
     def finished(self) -> bool:
@@ -74,10 +81,29 @@ class Run:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(static, composition, params, known, state, script):
-    forward = composition.forward(static, params)
+def _prefill(static, composition, params, *arguments):
+    return composition.prefill(static, params, *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first(static, known, lengths, logits, slots, script):
+    every = jnp.pad(logits[:, None], ((0, 0), (0, static.rules.rows - 1), (0, 0)))
     choose = verify_pool.forcing(static, script)
-    return decode.step(static.rules, known, state, forward, choose)
+    return decode.begin(static.rules, known, lengths, every, choose, slots)
+
+
+_feed = jax.jit(threads.feed)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(static, composition, params, fed, slots, pool):
+    return composition.forward(static, params)(fed, slots, pool)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _settle(static, known, before, logits, script):
+    drawn = verify_pool.forcing(static, script)(before, logits)
+    return threads.settle(static.rules, known, before, drawn)
 
 
 def check_logits(run, program, expected):

@@ -30,7 +30,8 @@ from tests.lm.async_decoding.composed_programs import (
 
 def test_a_budget_that_covers_the_prompt_loses_nothing():
     program = answer()
-    select = SelectConfig(2, 6, 16, chunk=4, rope="write", positions="true", shortcut=False)
+    select = SelectConfig(2, 6, 16, chunk=4, rope="write", positions="true", shortcut=False,
+                          prefill="dense")  # fmt: skip
     run = Run.begun(Selected(TokenSelect(select)), [program])
     check_logits(run, program, without(program, ()))
 
