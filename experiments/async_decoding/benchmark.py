@@ -42,7 +42,7 @@ from experiments import cli, compositions, gate
 from lm import prompting, transformer
 from lm.async_decoding import benchmark, figures, language, runs, training
 from lm.async_decoding.benchmark import Work
-from lm.async_decoding.compositions import FORMS
+from lm.async_decoding.compositions import CP_HEADS, FORMS, SPEC_KV, TOKEN_SELECT
 from lm.async_decoding.config import AsyncConfig, RunConfig
 from lm.async_decoding.runs import Run
 from lm.errors import UserError
@@ -95,6 +95,7 @@ def main() -> dict[str, Any]:
         scheme=config.threads.positions,
         implementation=IMPLEMENTATION.value or config.train.implementation or None,
     )
+    parts = _parts()
     run, params = _model(config)
     if CHECKPOINT.value is not None:
         options = dataclasses.replace(options, scheme=run.config.threads.positions)
@@ -103,14 +104,6 @@ def main() -> dict[str, Any]:
     if PROMPT_TOKENS.value:
         vocabulary = speaker.valid_vocab or speaker.model.vocab_size
         works = benchmark.lengthened(works, PROMPT_TOKENS.value, vocabulary, config.data.seed)
-    parts = compositions.Parts(
-        DRAFT.value,
-        DRAFT_LAYERS.value,
-        DRAFT_TOKENS.value,
-        SELECT_INIT.value,
-        SELECT_LOCAL.value,
-        HEADS.value,
-    )
     record = _record(config)
     rows = benchmark.benchmark(speaker, works, options, compositions.makers(speaker, parts))
     result = {"rows": [record(row) for row in rows]}
@@ -122,6 +115,32 @@ def main() -> dict[str, Any]:
     if failed:
         raise cli.CheckFailed(result, "; ".join(failed))
     return result
+
+
+def _parts() -> compositions.Parts:
+    """Where compositions get what they need. Raises UserError for what is missing, and for flags of
+    compositions that were not asked for."""
+    asked = {text.partition(":")[0] for text in COMPOSE.value}
+    for name, given in {
+        SPEC_KV: (DRAFT, DRAFT_LAYERS, DRAFT_TOKENS),
+        TOKEN_SELECT: (SELECT_INIT, SELECT_LOCAL),
+        CP_HEADS: (HEADS,),
+    }.items():
+        changed = [flag.name for flag in given if flag.value != flag.default]
+        if changed and name not in asked:
+            raise UserError(f"--{changed[0]}: only with --compose={FORMS[name]}")
+    if SPEC_KV in asked and not (DRAFT.value or DRAFT_LAYERS.value):
+        raise UserError(f"--compose={FORMS[SPEC_KV]} needs --draft or --draft_layers")
+    if CP_HEADS in asked and not HEADS.value:
+        raise UserError(f"--compose={CP_HEADS} needs --heads")
+    return compositions.Parts(
+        DRAFT.value,
+        DRAFT_LAYERS.value,
+        DRAFT_TOKENS.value,
+        SELECT_INIT.value,
+        SELECT_LOCAL.value,
+        HEADS.value,
+    )
 
 
 def _model(config: RunConfig) -> tuple[Run, transformer.Params]:
