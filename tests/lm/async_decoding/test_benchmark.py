@@ -4,37 +4,18 @@
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
 
-from lm import prompting, transformer
 from lm.async_decoding import (
     benchmark,
     critical_path,
     figures,
-    language,
     simulate,
 )
 from lm.async_decoding.benchmark import Options, Work
-from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.text.tokenizers import ByteTokenizer
-
-TOKENIZER = ByteTokenizer().add_tokens(language.TAGS)
-END = TOKENIZER.stop_ids[0]
-MODEL = ModelConfig(
-    vocab_size=384, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
-)
-SPEAKER = prompting.Speaker(
-    model=MODEL,
-    params=transformer.init(MODEL, jax.random.key(0)),
-    tokenizer=TOKENIZER,
-    template=None,
-    stop_ids=TOKENIZER.stop_ids,
-    valid_vocab=TOKENIZER.vocab_size,
-)
-PROMPT = np.arange(40, 60, dtype=np.int32)
+from tests.lm.async_decoding.composed_programs import END, PROMPT, SPEAKER, TOKENIZER
 
 
 def programs(count):

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from lm.async_decoding import evicted
+from lm.async_decoding import evicted, verify_pool
+from lm.async_decoding.composed import Composition
 from lm.async_decoding.evicted import Thinned
 from lm.config import SamplingConfig
 from lm.draft_inference.draft import FirstLayers
@@ -16,6 +17,7 @@ from lm.long_context import decode
 from lm.long_context.program import Program
 from tests.lm.async_decoding.composed_programs import (
     PROMPT,
+    RULES,
     SPEAKER,
     Run,
     answer,
@@ -33,8 +35,8 @@ def test_threads_on_a_thinned_prompt():
 
 
 def test_a_prompt_that_a_draft_thinned():
-    """The pool begins with what decoding after the same method begins with; layers and KV heads
-    keep different tokens."""
+    """What is prefilled is what decoding after the same method prefills, and the pool holds the
+    prompt's own entries; layers and KV heads keep different ones."""
     method = Drafted(FirstLayers(1), SpecKV(8, window=2, kernel=3), lookahead=3)
     run = Run.begun(Thinned(method, SPEAKER.stop_ids), [answer()], free="all")
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=24)
@@ -42,17 +44,24 @@ def test_a_prompt_that_a_draft_thinned():
     stops, key = SPEAKER.stop_ids, jax.random.key(0)
     program, request = decode.request(program, [PROMPT], stops, key, None)
     request = method.ahead(program, SPEAKER.params, request)
-    state = decode.prefill(program, SPEAKER.params, *request)
-    kept = state.cache.buffers
-    held, threads = run.state.pool, run.state.threads
-    assert threads.slots.tolist() == [9]  # the last token was fed again
-    assert kept.counts.tolist() == [[[9, 9]], [[9, 9]]]
-    for mine, theirs in ((held.k, kept.k), (held.v, kept.v)):
-        theirs = np.swapaxes(theirs, 2, 3)
-        np.testing.assert_allclose(mine[:, :, :9], theirs[:, :, :9], rtol=0, atol=1e-6)
-    assert not np.array_equal(held.k[0, 0, :8, 0], held.k[0, 0, :8, 1])
-    assert threads.rows.token[0, 0] == state.last[0]
-    assert threads.rows.position[0, 0] == len(PROMPT)
+    _, _, *prompt = verify_pool.arguments(SPEAKER, [answer()], RULES)
+    given = run.composition.ahead(run.static, SPEAKER.params, *prompt)
+    for mine, theirs in zip(given, (request.tokens, request.lengths, request.rows), strict=True):
+        assert mine.tolist() == theirs.tolist()
+    assert run.state.threads.slots.tolist() == [9]  # the last token was fed again
+    assert run.state.threads.rows.position[0, 0] == len(PROMPT)
+    whole = Run.begun(Composition(), [answer()], free="all").state.pool
+    kept = set()
+    for layer, head in np.ndindex(2, 2):
+        here, there = (np.asarray(one.k)[layer, 0, :, head] for one in (run.state.pool, whole))
+        same = np.abs(here[:8, None] - there[None, : len(PROMPT) - 1]).max(axis=-1) < 1e-5
+        slots = np.flatnonzero(same.any(axis=0)).tolist()
+        assert same[np.arange(8), slots].all()  # each its own, in order
+        assert slots[-2:] == [len(PROMPT) - 3, len(PROMPT) - 2]  # the window
+        kept.add(tuple(slots))
+        if not layer:  # the token that was fed again has read nothing there yet
+            np.testing.assert_allclose(here[8], there[len(PROMPT) - 1], rtol=0, atol=1e-6)
+    assert len(kept) > 1
 
 
 def test_heads_that_keep_unequal_numbers_are_refused():
