@@ -30,7 +30,7 @@ def pool_attention(
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attention of T rows, one per thread, over a pool in which the entries of all threads of a
+    """Attention of T rows, of a thread each, over a pool in which the entries of all threads of a
     sequence are interleaved. Row t of sequence b sees slot s < lengths[b] iff
 
         owners[b, s] == threads[b, t]  or  (owners[b, s] <= joined[b, t] and s < forks[b, t])

@@ -4,13 +4,21 @@
     python -m experiments.async_decoding.benchmark --config=configs/async_decoding.py:smoke
         [--checkpoint=DIR] [--batches=1,4] [--threads=1,8] [--answers=16] [--repeats=5]
         [--prompt_tokens=4096 --compose=none,evict:snapkv:512] [--workdir=DIR]
+        [--prompt_tokens=4096 --compose=none,spec_kv:256 --draft=DIR|--draft_layers=2]
+        [--prompt_tokens=4096 --compose=none,token_select:1024]
+        [--compose=none,cp_heads --heads=DIR]
 
 The work is given: the first --answers held-out answers of the config's data, tags and all, are
 forced upon the decoder through its own steps, and their texts are decoded token after token in the
 loop of `generate`. Without a checkpoint the config's shape is filled at random, which takes as
 long. --threads are numbers of blocks that are written at a time. --prompt_tokens puts random tokens
 before shorter prompts. --compose=evict:METHOD:TOKENS starts the threads from a prompt of which that
-many tokens were kept; --compose= and names that are unknown are refused with what there is.
+many tokens were kept, spec_kv:TOKENS from one that SpecKV thins: what --draft_tokens tokens of
+--draft, or of the model's own first --draft_layers layers, attend to is kept, and the draft's time
+is part of prefill. token_select:TOKENS picks so many tokens of the prompt in every step, the
+--select_init first and --select_local last ones among them. cp_heads drafts
+in every thread with the CP head of --heads; drafts are kept as far as they are the program's text.
+--compose= and names that are unknown are refused with what there is.
 
 Methods alternate and medians count. critical_path_speedup is steps of the text over steps of the
 threads, wall_speedup the ratio of the times of the loops, realised the second over the first, each
@@ -30,10 +38,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import cli, gate
+from experiments import cli, compositions, gate
 from lm import prompting, transformer
 from lm.async_decoding import benchmark, figures, language, runs, training
 from lm.async_decoding.benchmark import Work
+from lm.async_decoding.compositions import CP_HEADS, FORMS, SPEC_KV, TOKEN_SELECT
 from lm.async_decoding.config import AsyncConfig, RunConfig
 from lm.async_decoding.runs import Run
 from lm.errors import UserError
@@ -49,7 +58,21 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
 WORKDIR = flags.DEFINE_string("workdir", None, "also append the rows to benchmark.jsonl there")
 BATCHES = flags.DEFINE_list("batches", list(map(str, DEFAULTS.batches)), "answers at once")
 THREADS = flags.DEFINE_list("threads", list(map(str, DEFAULTS.threads)), "blocks at once")
-COMPOSE = flags.DEFINE_list("compose", list(DEFAULTS.compose), "none, evict:METHOD:TOKENS")
+COMPOSE = flags.DEFINE_list("compose", list(DEFAULTS.compose), ", ".join(FORMS.values()))
+DRAFT = flags.DEFINE_string("draft", "", "spec_kv: workdir or Hugging Face directory of a draft")
+DRAFT_LAYERS = flags.DEFINE_integer(
+    "draft_layers", 0, "spec_kv: instead of --draft, the model's first layers", lower_bound=0
+)
+DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", compositions.Parts.draft_tokens, "spec_kv: that vote", lower_bound=1
+)
+SELECT_INIT = flags.DEFINE_integer(
+    "select_init", compositions.Parts.select_init, "token_select: first tokens", lower_bound=0
+)
+SELECT_LOCAL = flags.DEFINE_integer(
+    "select_local", compositions.Parts.select_local, "token_select: last tokens", lower_bound=1
+)
+HEADS = flags.DEFINE_string("heads", "", "cp_heads: workdir or Hugging Face directory of a head")
 ANSWERS = flags.DEFINE_integer("answers", 16, "of the data", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "at least, of a prompt", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "rounds over all methods")
@@ -72,6 +95,7 @@ def main() -> dict[str, Any]:
         scheme=config.threads.positions,
         implementation=IMPLEMENTATION.value or config.train.implementation or None,
     )
+    parts = _parts()
     run, params = _model(config)
     if CHECKPOINT.value is not None:
         options = dataclasses.replace(options, scheme=run.config.threads.positions)
@@ -81,7 +105,8 @@ def main() -> dict[str, Any]:
         vocabulary = speaker.valid_vocab or speaker.model.vocab_size
         works = benchmark.lengthened(works, PROMPT_TOKENS.value, vocabulary, config.data.seed)
     record = _record(config)
-    result = {"rows": [record(row) for row in benchmark.benchmark(speaker, works, options)]}
+    rows = benchmark.benchmark(speaker, works, options, compositions.makers(speaker, parts))
+    result = {"rows": [record(row) for row in rows]}
     if WORKDIR.value is not None:
         folder = pathlib.Path(WORKDIR.value)
         drawn = figures.draw(figures.gather([folder]))
@@ -90,6 +115,32 @@ def main() -> dict[str, Any]:
     if failed:
         raise cli.CheckFailed(result, "; ".join(failed))
     return result
+
+
+def _parts() -> compositions.Parts:
+    """Where compositions get what they need. Raises UserError for what is missing, and for flags of
+    compositions that were not asked for."""
+    asked = {text.partition(":")[0] for text in COMPOSE.value}
+    for name, given in {
+        SPEC_KV: (DRAFT, DRAFT_LAYERS, DRAFT_TOKENS),
+        TOKEN_SELECT: (SELECT_INIT, SELECT_LOCAL),
+        CP_HEADS: (HEADS,),
+    }.items():
+        changed = [flag.name for flag in given if flag.value != flag.default]
+        if changed and name not in asked:
+            raise UserError(f"--{changed[0]}: only with --compose={FORMS[name]}")
+    if SPEC_KV in asked and not (DRAFT.value or DRAFT_LAYERS.value):
+        raise UserError(f"--compose={FORMS[SPEC_KV]} needs --draft or --draft_layers")
+    if CP_HEADS in asked and not HEADS.value:
+        raise UserError(f"--compose={CP_HEADS} needs --heads")
+    return compositions.Parts(
+        DRAFT.value,
+        DRAFT_LAYERS.value,
+        DRAFT_TOKENS.value,
+        SELECT_INIT.value,
+        SELECT_LOCAL.value,
+        HEADS.value,
+    )
 
 
 def _model(config: RunConfig) -> tuple[Run, transformer.Params]:

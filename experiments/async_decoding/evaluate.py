@@ -13,8 +13,9 @@ on the wall. What was answered before is not answered again.
 
 --judge=endpoint (with --url, --model, ...) or --judge=DIR (a Hugging Face directory or a workdir)
 adds win rates over the baseline, plain and length-controlled. --judgements=FILE,... reads files of
-AlpacaEval's annotations and adds their rates, nothing else needed. --export=FILE writes the answers
-as AlpacaEval's list of outputs.
+AlpacaEval's annotations and adds their rates, nothing else needed; --difficulty=FILE, a JSON object
+from instructions to numbers, brings that term of the length-controlled rate. --export=FILE writes
+the answers as AlpacaEval's list of outputs.
 
 The last line is {"rows": [{"method": ..., "lambda": x | "inf" | null, "quality": x,
 "speedup_critical_path": x, "speedup_wall": x, ...}, ...]}; rows go to eval.jsonl of each DIR. Exit
@@ -48,12 +49,15 @@ SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
 JUDGE = flags.DEFINE_string("judge", "", "endpoint, or a directory with a model")
 REPLIES = flags.DEFINE_string("replies", "judge.jsonl", "where an endpoint's judgements are kept")
 JUDGEMENTS = flags.DEFINE_list("judgements", [], "files of AlpacaEval's annotations")
+DIFFICULTY = flags.DEFINE_string("difficulty", None, "of --judgements: difficulties of requests")
 EXPORT = flags.DEFINE_string("export", None, "file for the answers, as AlpacaEval reads them")
 endpoint_flags.define()
 
 
 def main() -> dict[str, Any]:
     requirements = gate.parse(REQUIRE.value, NAMES)
+    if DIFFICULTY.value is not None and not JUDGEMENTS.value:
+        raise UserError("--difficulty is of --judgements")
     rows = [_judged(path) for path in JUDGEMENTS.value]
     if not CHECKPOINT.value and not rows:
         raise UserError("give --checkpoint or --judgements")
@@ -104,7 +108,10 @@ def _judge() -> judge.Judge | None:
 
 def _judged(path: str) -> dict[str, Any]:
     """The row of a file of judgements."""
-    rate = dataclasses.asdict(judge.length_controlled(judge.read_judgements(path)))
+    file = DIFFICULTY.value
+    difficulties = None if file is None else judge.read_difficulties(file)
+    judged = judge.read_judgements(path, difficulties)
+    rate = dataclasses.asdict(judge.length_controlled(judged))
     return {"kind": "judgements", "method": pathlib.Path(path).stem, "file": path, **rate}
 
 

@@ -73,10 +73,10 @@ def main() -> dict[str, Any]:
     if FLAGS.chat is False and (FLAGS.system is not None or FLAGS.template is not None):
         raise UserError("--system and --template need the chat template: not with --nochat")
     path = pathlib.Path(FLAGS.hf_dir if FLAGS.checkpoint is None else FLAGS.checkpoint)
-    speaker, scheme = speaking.load(
+    speaker, trained = speaking.load(
         path, FLAGS.checkpoint is None, template=FLAGS.template, dtype=FLAGS.dtype
     )
-    rules = settings.rules(scheme)
+    rules = settings.rules(trained.positions, trained.form)
     rendered = (speaker.rendered(text, chat=FLAGS.chat, system=FLAGS.system) for text in texts)
     prompts = [language.encode_prompt(text, speaker.tokenizer) for text in rendered]
     options = {"implementation": FLAGS.implementation}

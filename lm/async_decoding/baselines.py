@@ -32,12 +32,13 @@ from lm.async_decoding.answers import Answer, Thread
 from lm.async_decoding.assembly import Assembly
 from lm.async_decoding.language import Program, Promise, Sync, Text
 from lm.async_decoding.programs import EncodedProgram
+from lm.async_decoding.threads import APAR_SCHEME
 from lm.config import SamplingConfig
 from lm.prompting import Speaker
 from lm.text.tokenizers import Tokenizer
 
 FORK, CHILD, CLOSE = language.PROMISE_END, language.ASYNC_BODY, language.ASYNC_END
-SCHEME = "fork_join_max"  # of positions: what follows a fork goes on beside its block
+SCHEME = APAR_SCHEME  # of positions
 _LEAD = re.compile(r"\s*\S+?(?=[\s:.,;!?]|\Z)")
 _WORD = re.compile(r"\w+")
 
@@ -197,39 +198,33 @@ def _encode_forks(program, prompt, tokenizer, end) -> EncodedProgram:
     )
 
 
-def apar_answers(
-    speaker: Speaker, prompts: Sequence[str], sampling: SamplingConfig, seed: int
-) -> list[Answer]:
-    """Answers of a model that was trained on forks: main as one batch, then the children as
-    another.
+def final_segments(
+    threads: Sequence[np.ndarray],
+    ended: Sequence[bool],
+    tokenizer: Tokenizer,
+    stop_ids: Sequence[int],
+) -> list[tuple[int, str]]:
+    """(thread, text): what can be read already of threads under "apar" that are being written, up
+    to the first block that is unfinished, as far as that is written.
 
-    Main never reads children, so that writing them afterwards changes neither a token nor the steps
-    at which they could have come out. Only time is not that of a decoder that writes them at once:
-    `seconds` is NaN.
+    ended: of each, whether nothing more will come.
     """
-    tokenizer, ids = speaker.tokenizer, language.tag_ids(speaker.tokenizer)
-    encoded = [quality.encode_prompt(p, speaker.template, tokenizer) for p in prompts]
-    keys = jax.random.split(jax.random.key(seed))
-    first, _ = _generate(speaker, encoded, sampling, keys[0], speaker.stop_ids)
-    forks = [np.flatnonzero(g.tokens == ids[FORK]) for g in first]
-    wanted = [
-        np.concatenate([prompt, g.tokens[: at + 1], [ids[CHILD]]]).astype(np.int32)
-        for prompt, g, own in zip(encoded, first, forks, strict=True)
-        for at in own
-    ]
-    second, _ = _generate(speaker, wanted, sampling, keys[1], (ids[CLOSE], *speaker.stop_ids))
-    children = iter(second)
-    out = []
-    for prompt, g, own in zip(prompts, first, forks, strict=True):
-        main = _ended(g, speaker.stop_ids[0])
-        threads = [Thread(main, 0, np.arange(1, len(main) + 1))]
-        for at in own:
-            text = _ended(next(children), ids[CLOSE])
-            # the fork came out at step `at` + 1, and the next one feeds the child token
-            steps = int(at) + 2 + np.arange(len(text))
-            threads.append(Thread(np.concatenate([[ids[CHILD]], text]).astype(np.int32), 1, steps))
-        out.append(_answer(prompt, threads, float("nan"), tokenizer, speaker.stop_ids, "apar"))
-    return out
+    main = language.pieces_of_ids(threads[0], tokenizer, stop_ids)
+    segments, block, whole = [], 0, ended[0]
+    for piece in main:
+        if piece.kind == language.TEXT:
+            segments.append((0, piece.text))
+        elif piece.kind == FORK:
+            block += 1
+            began = block < len(threads)
+            text = _text(threads[block], tokenizer, stop_ids) if began else ""
+            segments.append((block, text))
+            if not began or not ended[block]:
+                whole = False
+                break
+    if segments and not whole:  # a character may need the tokens that follow
+        segments[-1] = (segments[-1][0], segments[-1][1].rstrip("\ufffd"))
+    return [(k, text) for k, text in segments if text]
 
 
 # --- all of them

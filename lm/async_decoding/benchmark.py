@@ -10,10 +10,9 @@ A batch is over when its last answer is: its steps are those of the longest, on 
 """
 
 import dataclasses
-import functools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,43 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import generate, hardware
-from lm.async_decoding import critical_path, decode, evicted, verify_pool
-from lm.async_decoding.decode import Loop, Program
+from lm.async_decoding import composed, compositions, critical_path, verify_pool
+from lm.async_decoding.composed import Composition
+from lm.async_decoding.compositions import Makers
+from lm.async_decoding.decode import Loop
 from lm.async_decoding.programs import EncodedProgram
-from lm.async_decoding.tables import Tables
 from lm.async_decoding.threads import Rules
 from lm.config import SamplingConfig, require_positive
 from lm.errors import UserError
-from lm.long_context.eviction.evictor import Evictor
 from lm.progress import Progress, say
 from lm.prompting import Speaker
-from lm.transformer import Params
 
 KIND = "async_speed"
-EVICT = "evict"
-UNBUILT = {  # ARCHITECTURE.md says where each would attach
-    "cp_heads": "drafts inside each thread",
-    "token_select": "a long prompt of which a step reads a part",
-    "spec_kv": "a prompt thinned by a draft model",
-}
 Row = dict[str, Any]
-
-
-def composition(text: str) -> tuple[str, Evictor | None]:
-    """What to put the decoder together with: "none", or "evict:METHOD:TOKENS". Raises UserError
-    for anything else, with what there is."""
-    name, _, rest = text.partition(":")
-    if name == "none" and not rest:
-        return "none", None
-    if name in UNBUILT:
-        raise UserError(f"--compose={text}: {UNBUILT[name]}: not built for async decoding")
-    method, _, budget = rest.partition(":")
-    if name != EVICT or not method or not budget.isdigit():
-        raise UserError(
-            f"--compose={text}: none, or {EVICT}:METHOD:TOKENS with METHOD one of "
-            f"{', '.join(evicted.uniform())}; not built: {', '.join(UNBUILT)}"
-        )
-    return text, evicted.build(method, int(budget))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +47,7 @@ class Work:
 class Options:
     """What is timed.
 
-    threads: blocks that are written at once, one method each. compose: texts of `composition`, one
+    threads: blocks that are written at once, one method each. compose: texts of `compositions`, one
     method each for every number of threads.
     """
 
@@ -92,7 +67,7 @@ class Options:
         require_positive("--repeats", self.repeats)
         Rules(2, 1, self.scheme)  # refuses positions that cannot be decoded
         for text in self.compose or ("",):
-            composition(text)
+            compositions.parse(text)
 
 
 def lengthened(works: Sequence[Work], size: int, vocabulary: int, seed: int) -> list[Work]:
@@ -107,33 +82,47 @@ def lengthened(works: Sequence[Work], size: int, vocabulary: int, seed: int) -> 
     return out
 
 
-def benchmark(speaker: Speaker, works: Sequence[Work], options: Options) -> Iterator[Row]:
+def benchmark(
+    speaker: Speaker,
+    works: Sequence[Work],
+    options: Options,
+    makers: Makers = compositions.NOTHING,
+) -> Iterator[Row]:
     """Rows as they come: for every batch size the sequential one, then one per composition and
     number of threads. Answers beyond whole batches are left out.
 
+    makers: what compositions need of other rooms.
+
     Raises:
-      UserError: fewer answers than a batch takes, or a budget above a prompt.
+      UserError: fewer answers than a batch takes, a composition that cannot be made, or a budget
+        above a prompt.
     """
     if len(works) < max(options.batches):
         raise UserError(f"{len(works)} answers for a batch of {max(options.batches)}")
     shortest = min(len(work.program.prompt) for work in works)
-    for text in options.compose:
-        name, evictor = composition(text)
-        if evictor is not None and evictor.budget > shortest:
-            raise UserError(f"--compose={name}: the shortest prompt has {shortest} tokens")
+    built = {text: compositions.build(text, makers) for text in options.compose}
+    for text, (composition, _) in built.items():
+        if composition.budget > shortest:
+            raise UserError(f"--compose={text}: the shortest prompt has {shortest} tokens")
     with Progress("benchmark", len(options.batches)) as progress:
         for batch in options.batches:
-            yield from _cell(speaker, works, batch, options)
+            yield from _cell(speaker, works, batch, options, built)
             progress.advance()
 
 
-def _cell(speaker: Speaker, works: Sequence[Work], batch: int, options: Options) -> Iterator[Row]:
+def _cell(
+    speaker: Speaker,
+    works: Sequence[Work],
+    batch: int,
+    options: Options,
+    built: Mapping[str, tuple[Composition, Any]],
+) -> Iterator[Row]:
     whole = len(works) - len(works) % batch
     groups = [works[first : first + batch] for first in range(0, whole, batch)]
     runs: list[_Run] = [_Sequential(speaker, groups, options)]
     runs += [
-        _Threaded(speaker, groups, options, count, text)
-        for text in options.compose
+        _Threaded(speaker, groups, options, count, text, *parts)
+        for text, parts in built.items()
         for count in options.threads
     ]
     for run in runs:
@@ -287,37 +276,49 @@ class _Threaded(_Run):
         options: Options,
         threads: int,
         compose: str,
+        composition: Composition,
+        weights: Any,
     ):
         super().__init__(groups)
         self.threads = threads
-        self.compose, self.evictor = composition(compose)
-        self.name = "async" if self.evictor is None else f"async {self.compose}"
+        self.compose, self.composition, self.weights = compose, composition, weights
+        self.name = "async" if compose == compositions.NONE else f"async {compose}"
         programs = [work.program for group in groups for work in group]
         longest = max(critical_path.timeline(program).decoded for program in programs)
         rules = Rules(1 + threads, -(-(longest + 1) // 64) * 64, options.scheme)
-        static, self.known, tokens, lengths = verify_pool.arguments(
+        self.static, self.known, tokens, lengths = verify_pool.arguments(
             speaker, programs, rules, options.implementation
         )
         size = len(groups[0])
         self.params = speaker.params
-        given = tokens, lengths, verify_pool.script_of(programs)
-        self.arguments = [
-            tuple(map(jnp.asarray, (x[first : first + size] for x in given)))
-            for first in range(0, len(programs), size)
-        ]
-        lowered = _begin.lower(static, self.evictor, self.params, self.known, *self.arguments[0])
+        firsts = range(0, len(programs), size)
+        self.prompts = [(tokens[i : i + size], lengths[i : i + size]) for i in firsts]
+        script = verify_pool.script_of(programs)
+        self.scripts = [jnp.asarray(script[i : i + size]) for i in firsts]
+        fixed = self.static, composition, verify_pool.forcing
+        arguments = self.ahead(0)
+        lowered = composed.begin.lower(*fixed, *self.given(0), *arguments)
         limit = jax.ShapeDtypeStruct((), np.int32)
-        script = self.arguments[0][-1]
-        more = _advance.lower(static, self.params, self.known, lowered.out_info, script, limit)
+        state = lowered.out_info
+        more = composed.advance.lower(
+            *fixed, self.params, weights, self.known, state, self.scripts[0], limit
+        )
         self.compiled = lowered.compile(), more.compile()
         self.memory = max(map(hardware.compiled_bytes, self.compiled))
 
+    def ahead(self, group: int) -> tuple[Any, ...]:
+        return self.composition.ahead(self.static, self.params, *self.prompts[group])
+
+    def given(self, group: int) -> tuple[Any, ...]:
+        return self.params, self.known, self.scripts[group]
+
     def start(self, group: int) -> Loop:
-        return self.compiled[0](self.params, self.known, *self.arguments[group])
+        return self.compiled[0](*self.given(group), *self.ahead(group))
 
     def advance(self, state: Loop, group: int, limit: int) -> Loop:
-        script = self.arguments[group][-1]
-        return self.compiled[1](self.params, self.known, state, script, np.int32(limit))
+        script = self.scripts[group]
+        arguments = self.params, self.weights, self.known, state, script, np.int32(limit)
+        return self.compiled[1](*arguments)
 
     def steps(self, state: Loop, group: int) -> int:
         found = jax.device_get(state.threads)
@@ -326,49 +327,3 @@ class _Threaded(_Run):
         if found.decoded.tolist() != wanted:
             raise AssertionError(f"{found.decoded.tolist()} tokens came out, not {wanted}")
         return int(found.steps.max())
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _begin(
-    program: Program,
-    evictor: Evictor | None,
-    params: Params,
-    known: Tables,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    script: jax.Array,
-) -> Loop:
-    if evictor is None:
-        return verify_pool.begin(program, params, known, tokens, lengths, script)[0]
-    logits, pool, slots = evicted.prefill(
-        program.model,
-        params,
-        tokens,
-        lengths,
-        program.capacity,
-        evictor,
-        implementation=program.implementation,
-    )
-    every = jnp.pad(logits[:, None], ((0, 0), (0, program.rules.rows - 1), (0, 0)))
-    choose = functools.partial(verify_pool.forced, program, script)
-    state = decode.begin(program.rules, known, lengths, every, choose, slots)
-    return Loop(pool, state, lengths)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _advance(
-    program: Program,
-    params: Params,
-    known: Tables,
-    state: Loop,
-    script: jax.Array,
-    limit: jax.Array,
-) -> Loop:
-    """`decode.advance` with given tokens."""
-    forward = decode.model_forward(program, params)
-    choose = functools.partial(verify_pool.forced, program, script)
-
-    def one(state: Loop) -> Loop:
-        return decode.step(program.rules, known, state, forward, choose)[0]
-
-    return jax.lax.while_loop(functools.partial(decode.unfinished, limit), one, state)

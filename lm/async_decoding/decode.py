@@ -15,7 +15,7 @@ A model without the tags, or one that promises nothing, writes what `lm.generate
 token and draw for draw.
 
 `step` takes what computes the logits and what draws from them as functions: verification forces
-tokens, tests replace the model. ARCHITECTURE.md says how drafting heads would attach there.
+tokens, tests replace the model. `composed` puts it together with other methods.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from lm.async_decoding.answers import Answer
 from lm.async_decoding.pool import Pool
 from lm.async_decoding.runs import Run
 from lm.async_decoding.tables import Tables
-from lm.async_decoding.threads import Feed, Rules, State
+from lm.async_decoding.threads import APAR, APAR_SCHEME, ASYNC, Feed, Rules, State
 from lm.config import ModelConfig, SamplingConfig, require_positive
 from lm.prompting import Speaker
 from lm.sharding import Sharding
@@ -70,9 +70,14 @@ class Settings:
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(self.temperature, self.top_k, self.top_p, self.max_tokens)
 
-    def rules(self, scheme: str) -> Rules:
-        """What is static of the threads, for a run that was trained with a scheme."""
-        return Rules(1 + self.threads, self.max_tokens, self.positions or scheme)
+    def rules(self, scheme: str, form: str = ASYNC) -> Rules:
+        """What is static of the threads, for a run that was trained with a scheme of positions, on
+        answers of a form. Of a form that has no threads, it is that of a model with the tags."""
+        if form == APAR:
+            scheme = APAR_SCHEME
+        else:
+            form = ASYNC
+        return Rules(1 + self.threads, self.max_tokens, self.positions or scheme, form)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +127,10 @@ def answers(
       UserError: no prompts, an empty one, or positions that cannot be decoded.
       ops.dispatch.Unsupported: the named implementation cannot serve.
     """
-    speaker = prompting.of_run(run.setup, params)
+    speaker, trained = prompting.of_run(run.setup, params), run.config.threads
     return speak(
         speaker,
-        settings.rules(run.config.threads.positions),
+        settings.rules(trained.positions, trained.form),
         settings,
         prompts,
         seed,
@@ -169,7 +174,7 @@ def speak(
         host = jax.device_get(state.threads)
         for row, index in enumerate(chosen):
             texts = _text(speaker, prompts[index]), encoded[index]
-            found[index] = reading.answer(host, row, *texts, speaker, seconds)
+            found[index] = reading.answer(host, row, *texts, speaker, seconds, rules.form)
     return [found[index] for index in range(len(encoded))]
 
 
@@ -201,10 +206,8 @@ def stream(
 
     Raises as `answers` does, at the first event.
     """
-    speaker, rules = (
-        prompting.of_run(run.setup, params),
-        settings.rules(run.config.threads.positions),
-    )
+    speaker, trained = prompting.of_run(run.setup, params), run.config.threads
+    rules = settings.rules(trained.positions, trained.form)
     options = {"chunk": chunk, "implementation": implementation}
     yield from speak_in_pieces(speaker, rules, settings, prompt, seed, **options)
 
@@ -231,13 +234,14 @@ def speak_in_pieces(
         host = jax.device_get(state.threads)
         if host.done[0]:
             break
-        new, shown = _unseen(reading.final(host, 0, speaker), shown)
+        new, shown = _unseen(reading.final(host, 0, speaker, rules.form), shown)
         yield from new
         began = time.perf_counter()
         state = advance(program, speaker.params, known, state, int(host.step) + chunk)
         state = jax.block_until_ready(state)
         seconds += time.perf_counter() - began
-    found = reading.answer(host, 0, _text(speaker, prompt), ids[0], speaker, seconds)
+    texts = _text(speaker, prompt), ids[0]
+    found = reading.answer(host, 0, *texts, speaker, seconds, rules.form)
     new, _ = _unseen(found.assembly.segments, shown)
     yield from new
     yield found

@@ -140,11 +140,7 @@ def questions(config: RunConfig, path: pathlib.Path) -> list[Question]:
 
 def sampler_of(run: Run, params: Params, make: MakeSampler, sampling: SamplingConfig) -> Sampler:
     """What answers for a run, by the form that it was trained on."""
-    known = {
-        "plain": baselines.plain_answers,
-        "sot": baselines.sot_answers,
-        "apar": baselines.apar_answers,
-    }
+    known = {"plain": baselines.plain_answers, "sot": baselines.sot_answers}
     own = known.get(run.config.threads.form)
     if own is None:
         return make(run, params, sampling.temperature)
@@ -178,7 +174,7 @@ def measure(
             "text": answer.text,
             "decoded": answer.decoded,
             "steps": max(answer.steps, 1),
-            "seconds": None if math.isnan(answer.seconds) else answer.seconds,
+            "seconds": answer.seconds,
             "finished": answer.finished,
             "well_formed": loaded.config.threads.form != "async"
             or pairs.well_formed(answer, tokenizer, tokenizer.stop_ids),
@@ -199,9 +195,11 @@ def _key(
     loaded: Run, params: Params, config: RunConfig, asked: Sequence[Question], options: Options
 ) -> str:
     """What answers and their scores depend on."""
+    form = loaded.config.threads.form
     parts = {
         "policy": tuned.digest(params),
-        "form": loaded.config.threads.form,
+        # answers under "apar" have a time since they are written in threads
+        "form": {"apar": "apar in threads"}.get(form, form),
         "positions": loaded.config.threads.positions,
         "questions": [dataclasses.astuple(question) for question in asked],
         "sampling": dataclasses.asdict(config.sampling),

@@ -9,8 +9,10 @@ them, into a win rate that longer answers do not inflate.
 
 import dataclasses
 import functools
+import json
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -143,6 +145,7 @@ class Judgement:
     preference: float  # 0..1
     baseline_length: int  # characters
     length: int
+    difficulty: float | None = None  # of the request, where it is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +159,28 @@ class WinRate:
     n: int
 
 
-def read_judgements(path: str | os.PathLike[str]) -> list[Judgement]:
+def read_difficulties(path: str | os.PathLike[str]) -> dict[str, float]:
+    """A JSON object that gives requests' difficulties by their texts. Raises UserError."""
+    try:
+        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.fspath(path)}: {error}") from error
+    if not isinstance(found, dict) or not all(type(x) in (int, float) for x in found.values()):
+        raise UserError(f"{os.fspath(path)}: not an object from requests to numbers")
+    return {text: float(value) for text, value in found.items()}
+
+
+def read_judgements(
+    path: str | os.PathLike[str], difficulties: Mapping[str, float] | None = None
+) -> list[Judgement]:
     """AlpacaEval's annotations: records with output_1 (the baseline's), output_2 and `preference`,
     1 for the first to 2 for the second (0 counts as a draw there). Records without a preference are
-    left out. Raises UserError and DataError."""
+    left out.
+
+    difficulties: by the records' `instruction`, each of which must be there.
+
+    Raises UserError and DataError.
+    """
 
     def parse(record: Any, line: int) -> Judgement | None:
         del line
@@ -174,7 +195,11 @@ def read_judgements(path: str | os.PathLike[str]) -> list[Judgement]:
         if not isinstance(preference, int | float) or not (preference == 0 or 1 <= preference <= 2):
             raise Malformed(f"preference {preference!r} is not 0 or in 1..2")
         share = 0.5 if preference == 0 else preference - 1
-        return Judgement(float(share), len(texts[0]), len(texts[1]))
+        asked = record.get("instruction")
+        if difficulties is not None and asked not in difficulties:
+            raise Malformed(f"instruction {asked!r} has no difficulty")
+        difficulty = None if difficulties is None else difficulties[asked]
+        return Judgement(float(share), len(texts[0]), len(texts[1]), difficulty)
 
     found = [one for one in RecordReader(os.fspath(path), parse) if one is not None]
     if not found:
@@ -182,11 +207,7 @@ def read_judgements(path: str | os.PathLike[str]) -> list[Judgement]:
     return found
 
 
-def length_controlled(
-    judgements: Sequence[Judgement],
-    difficulty: Sequence[float] | None = None,
-    ridge: float = 1e-3,
-) -> WinRate:
+def length_controlled(judgements: Sequence[Judgement], ridge: float = 1e-3) -> WinRate:
     """The win rate, and the one at equal lengths (arXiv 2404.04475).
 
     There the probability that model m beats baseline b on request x is
@@ -197,16 +218,15 @@ def length_controlled(
     mean over requests with the middle term set to 0. theta, phi and psi are fitted here, with a
     ridge on phi and psi for files that a line separates. gamma_x, the difficulty of a request, is
     fitted by the authors on all models of their leaderboard together: the term is there only if
-    `difficulty` brings those values.
+    all judgements bring those values.
     """
     shares = np.array([one.preference for one in judgements], np.float64)
     apart = np.array([one.length - one.baseline_length for one in judgements], np.float64)
     spread = apart.std()
     columns = [np.ones(len(shares)), np.tanh(apart / spread) if spread else np.zeros(len(shares))]
-    if difficulty is not None:
-        if len(difficulty) != len(shares):
-            raise UserError(f"{len(difficulty)} difficulties for {len(shares)} judgements")
-        columns.append(np.asarray(difficulty, np.float64))
+    difficulty = [one.difficulty for one in judgements]
+    if difficulty and None not in difficulty:
+        columns.append(np.array(difficulty, np.float64))
     weights = _logistic(np.stack(columns, 1), shares, ridge)
     equal = np.stack([columns[0], np.zeros(len(shares)), *columns[2:]], 1)
     return WinRate(

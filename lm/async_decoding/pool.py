@@ -7,7 +7,7 @@ entry ever moves. Who may read what is three numbers per row and the owner of ea
 (`ops.pool_attention`), and the pool is read once for all threads.
 
 Positions come with the tokens and need not be slots. So methods that keep other entries of a prompt
-attach here (ARCHITECTURE.md).
+attach here (`evicted`, `selected`).
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder as what training and evaluation draw answers with."""
 
+from lm.async_decoding import decode
 from lm.async_decoding.answers import Answer
 from lm.async_decoding.config import RunConfig
 from lm.async_decoding.preference import MakeSampler, Sampler
@@ -13,7 +14,6 @@ def decoder(config: RunConfig, threads: int, batch: int) -> MakeSampler:
 
     threads: blocks that are written at once. batch: requests that are decoded together.
     """
-    from lm.async_decoding import decode
 
     def make(run: Run, params: Params, temperature: float) -> Sampler:
         settings = decode.Settings(

@@ -6,29 +6,28 @@ import pathlib
 from lm import prompting
 from lm.async_decoding import runs, tables
 from lm.async_decoding.answers import Answer
+from lm.async_decoding.config import ThreadConfig
 from lm.prompting import Speaker
 from lm.workdir import Workdir
-
-_SCHEME = "predicted"  # where nothing says how a model was trained
 
 
 def load(
     path: pathlib.Path, hf: bool, *, template: str | None = None, dtype: str | None = None
-) -> tuple[Speaker, str]:
-    """A model, and the scheme of positions that it was trained with. One that was not trained for
-    threads answers sequentially.
+) -> tuple[Speaker, ThreadConfig]:
+    """A model, and how its threads were trained. One that was not trained for threads answers
+    sequentially.
 
     hf: a Hugging Face directory, not the workdir of a run.
 
     Raises UserError.
     """
     if hf:
-        return prompting.load_hf(path, template=template, dtype=dtype), _SCHEME
+        return prompting.load_hf(path, template=template, dtype=dtype), ThreadConfig()
     if "threads" not in Workdir(path).sections():
-        return prompting.load_workdir(path, template=template, dtype=dtype), _SCHEME
+        return prompting.load_workdir(path, template=template, dtype=dtype), ThreadConfig()
     run, params = runs.load(path)
     speaker = prompting.of_run(run.setup, params, template=template, dtype=dtype)
-    return speaker, run.config.threads.positions
+    return speaker, run.config.threads
 
 
 def sequential_steps(speaker: Speaker, answer: Answer) -> int:

@@ -16,6 +16,9 @@ the request is done. Nothing here knows of a model.
   Whatever ended it, `</async>` is fed.
 - What is no complete promise (`assembly.complete_promise`) is text. A promise of an illegal number
   counts as `language.clamp` of it.
+
+Under `Rules.form` "apar" (`baselines`) every end of a promise is a fork: its block opens with one
+token and may take all that is left; nothing waits, and nobody reads a block.
 """
 
 import dataclasses
@@ -25,10 +28,13 @@ import jax.numpy as jnp
 
 from lm.async_decoding import language, positions, tables
 from lm.async_decoding.tables import Tables
+from lm.config import require_choice
 from lm.errors import UserError
 
 TEXT, TOPIC, NUMBER = range(3)  # where main stands in a tag
 IDLE = -1  # the thread of a row that has none
+ASYNC, APAR = "async", "apar"  # forms
+APAR_SCHEME = "fork_join_max"  # of positions: what follows a fork goes on beside its block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +44,18 @@ class Rules:
     rows: int  # main and as many blocks as may be written at a time
     max_tokens: int  # that come out, over all threads of a request
     scheme: str  # of positions
+    form: str = ASYNC  # or `APAR`
 
     def __post_init__(self) -> None:
         check_scheme(self.scheme)
+        require_choice("form", self.form, (ASYNC, APAR))
+        if self.form == APAR and self.scheme != APAR_SCHEME:
+            raise UserError(f"positions={self.scheme!r}: forks of APAR go on by {APAR_SCHEME!r}")
 
     @property
     def max_promises(self) -> int:
-        """A complete promise takes four tokens or more."""
-        return max(self.max_tokens // 4, 1)
+        """A complete promise takes four tokens or more, a fork of APAR is one."""
+        return max(self.max_tokens // 4, 1) if self.form == ASYNC else self.max_tokens
 
     @property
     def room(self) -> int:
@@ -227,9 +237,21 @@ def feed(state: State) -> tuple[Feed, State]:
 def settle(rules: Rules, known: Tables, state: State, drawn: jax.Array) -> State:
     """The state after tokens [B, M] int32 followed what was fed; those of rows that were not fed,
     or are still in their opening, mean nothing."""
+    every = jnp.ones(drawn.shape, bool)
+    return stepped(accept(rules, known, state, drawn, every))
+
+
+def stepped(state: State) -> State:
+    """A step further."""
+    return dataclasses.replace(state, step=state.step + 1)
+
+
+def accept(rules: Rules, known: Tables, state: State, drawn: jax.Array, takes: jax.Array) -> State:
+    """`settle` within a step, of the rows [B, M] bool that take a token: one that drafts takes
+    several, one after the other, each as if the one before had been fed alone."""
     rows = state.rows
     block = rows.opening > 0
-    fed = rows.active & ~state.done[:, None]
+    fed = rows.active & takes & ~state.done[:, None]
     speaks = fed & ~rows.closing & (rows.fed + 1 >= rows.opening)
     kinds = known.kinds[drawn]
     cut = speaks & block & (rows.left == 0) & (kinds != tables.ASYNC_END)
@@ -240,14 +262,13 @@ def settle(rules: Rules, known: Tables, state: State, drawn: jax.Array) -> State
 
     state = _logged(state, drawn, kept, rank)
     state, complete = _read_tags(rules, known, state, drawn[:, 0], kept[:, 0])
-    state = _promised(rules, state, complete)
+    state = _promised(rules, state, complete, fed[:, 0])
     state = _moved(known, state, drawn, fed, kept, ends)
     state = _synced(rules, state)
     over = state.decoded >= rules.max_tokens
     done = state.done | over | (state.main.ended & (state.closed == state.made))
     steps = jnp.where(done & ~state.done, state.step + 1, state.steps)
-    state = dataclasses.replace(state, done=done, steps=steps, step=state.step + 1)
-    return _forked(known, state)
+    return _forked(rules, known, dataclasses.replace(state, done=done, steps=steps))
 
 
 def _logged(state: State, drawn: jax.Array, kept: jax.Array, rank: jax.Array) -> State:
@@ -282,7 +303,12 @@ def _read_tags(
     in_topic = (main.tag == TOPIC) & (kind == tables.TEXT)
     divides = (main.tag == TOPIC) & (kind == tables.TOKENS)
     in_number = (main.tag == NUMBER) & (kind == tables.TEXT) & (digits != tables.NO_NUMBER)
-    complete = kept & (main.tag == NUMBER) & (kind == tables.PROMISE_END) & (main.digits > 0)
+    complete = kept & (kind == tables.PROMISE_END)
+    waits = kind == tables.SYNC
+    if rules.form == ASYNC:
+        complete = complete & (main.tag == NUMBER) & (main.digits > 0)
+    else:
+        waits = jnp.zeros_like(waits)
     tag = jnp.where(opens | in_topic, TOPIC, jnp.where(divides | in_number, NUMBER, TEXT))
     count = state.rows.count[:, 0]
     new = dataclasses.replace(
@@ -293,7 +319,7 @@ def _read_tags(
         number=jnp.where(divides, 0, jnp.where(in_number, number, main.number)),
         digits=jnp.where(divides, 0, jnp.where(in_number, digits, main.digits)),
         number_tokens=jnp.where(divides, 0, main.number_tokens + in_number),
-        waiting=main.waiting | (kind == tables.SYNC),
+        waiting=main.waiting | waits,
         ended=main.ended | (kind == tables.END),
     )
     new = jax.tree.map(
@@ -302,20 +328,21 @@ def _read_tags(
     return dataclasses.replace(state, main=new), complete
 
 
-def _promised(rules: Rules, state: State, complete: jax.Array) -> State:
+def _promised(rules: Rules, state: State, complete: jax.Array, spoke: jax.Array) -> State:
     """Keeps what a complete promise fixes. Its last token goes into the next slot, since main is
     fed first, and stands right after what was fed now and what that left free."""
     main, rows = state.main, state.rows
     step = language.STEP
     tokens = jnp.clip(-(-main.number // step) * step, step, language.MAX_TOKENS)
     position = rows.position[:, 0] + 1 + main.reserved
+    left = language.CAP * tokens
     fixed = Promises(
         fork=state.slots + 1,
         joined=rows.joined[:, 0],
         position=position + 1,
         topic=main.topic,
         topic_length=main.topic_length,
-        left=language.CAP * tokens,
+        left=left if rules.form == ASYNC else jnp.full_like(left, rules.max_tokens),
     )
     place = jnp.where(complete, state.made, rules.max_promises)
     request = jnp.arange(place.shape[0], dtype=jnp.int32)
@@ -323,7 +350,6 @@ def _promised(rules: Rules, state: State, complete: jax.Array) -> State:
         lambda old, new: old.at[request, place].set(new, mode="drop"), state.promises, fixed
     )
     ahead = main.topic_length + 2 + tokens + 1 if rules.scheme == "predicted" else 0
-    spoke = rows.active[:, 0] & ~state.done
     rows = dataclasses.replace(
         rows, position=rows.position.at[:, 0].set(jnp.where(spoke, position, rows.position[:, 0]))
     )
@@ -412,7 +438,7 @@ def _synced(rules: Rules, state: State) -> State:
     return dataclasses.replace(state, rows=new, main=main)
 
 
-def _forked(known: Tables, state: State) -> State:
+def _forked(rules: Rules, known: Tables, state: State) -> State:
     """Promises into free rows, in their order."""
     rows, promises = state.rows, state.promises
     free = (rows.thread == IDLE) & ~state.done[:, None]
@@ -420,15 +446,16 @@ def _forked(known: Tables, state: State) -> State:
     takes = free & (number < state.made[:, None])
     place = jnp.clip(number, 0, promises.fork.shape[1] - 1)
     fixed = jax.tree.map(lambda x: jnp.take_along_axis(x, place, axis=1), promises)
-    given = {
+    opening = {"token": known.opening, "opening": fixed.topic_length + 2}
+    if rules.form == APAR:
+        opening = {"token": known.body, "opening": jnp.ones_like(fixed.topic_length)}
+    given = opening | {
         "thread": number + 1,
         "active": True,
-        "token": known.opening,
         "position": fixed.position,
         "fork": fixed.fork,
         "joined": fixed.joined,
         "fed": 0,
-        "opening": fixed.topic_length + 2,
         "topic": fixed.topic,
         "left": fixed.left,
         "closing": False,

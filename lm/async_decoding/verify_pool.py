@@ -75,6 +75,11 @@ def forced(
     return jnp.where(token == FREE, jnp.argmax(logits, axis=-1).astype(jnp.int32), token)
 
 
+def forcing(program: Program, script: jax.Array) -> decode.Choose:
+    """`forced`, as `composed.begin` takes what draws."""
+    return functools.partial(forced, program, script)
+
+
 def script_of(programs: Sequence[EncodedProgram], free_blocks: bool = False) -> np.ndarray:
     """[B, threads, n] int32: what comes out of each thread; blocks by the model with
     `free_blocks`."""

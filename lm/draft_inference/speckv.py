@@ -61,6 +61,10 @@ class SpecKV(SnapKV):
         """Longer prompts, with their drafted tokens, are attended to sparsely."""
         return self.band + self.columns
 
+    @property
+    def uniform(self) -> bool:
+        return not self.coverage
+
     def check(self, config: ModelConfig, sharding: Sharding | None, capacity: int | None) -> None:
         super().check(config, sharding, capacity)
         if self.band % BLOCK and self.columns:

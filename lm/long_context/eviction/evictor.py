@@ -132,6 +132,11 @@ class Evictor(Method):
         return False
 
     @property
+    def uniform(self) -> bool:
+        """Whether every KV head of every layer keeps as many tokens of a prompt as the others."""
+        return type(self).budgets is Evictor.budgets
+
+    @property
     def record(self) -> bool:
         """Whether the state has the scores of all slots, as "seen"."""
         return False

@@ -71,8 +71,8 @@ def test_the_benchmark_times_given_programs(tmp_path):
     kept = (tmp_path / "benchmark.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in kept] == result["rows"]
     assert (tmp_path / "plots" / "benchmark.png").is_file()
-    line = commands.refusal("async_decoding.benchmark", SMOKE, "--compose=spec_kv")
-    assert "a prompt thinned by a draft model: not built" in line
+    line = commands.refusal("async_decoding.benchmark", SMOKE, "--compose=spec_kv:8")
+    assert "--compose=spec_kv:TOKENS needs --draft or --draft_layers" in line
 
 
 def test_annotated_files_are_trained(tmp_path):

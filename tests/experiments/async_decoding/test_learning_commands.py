@@ -57,14 +57,17 @@ def test_an_endpoint_annotates_within_its_budget(tmp_path):
 def test_judgements_and_figures_need_no_model(tmp_path):
     file = tmp_path / "annotations.json"
     records = [
-        {"output_1": "x" * (10 + i % 3), "output_2": "y" * 11, "preference": 1 + (i % 4 > 0)}
+        {"output_1": "x" * (10 + i % 3), "output_2": "y" * 11, "preference": 1 + (i % 4 > 0),
+         "instruction": "a"}
         for i in range(40)
-    ]
+    ]  # fmt: skip
     file.write_text(json.dumps(records))
+    known = tmp_path / "difficulties.json"
+    known.write_text('{"a": 0.5}')
     flags = (f"--judgements={file}", "--require=quality>=0.5")
     line = commands.refusal("async_decoding.evaluate", *flags)
     assert "no result has a quality" in line
-    result, _ = commands.run("async_decoding.evaluate", flags[0])
+    result, _ = commands.run("async_decoding.evaluate", flags[0], f"--difficulty={known}")
     (row,) = result["rows"]
     assert row["plain"] == 75
     assert abs(row["length_controlled"] - 75) < 5

@@ -138,25 +138,21 @@ def oracle_of(asked, form):
     return dataclasses.replace(speaker, chains=tuple(chains))
 
 
-@pytest.mark.parametrize("form", ["sot", "apar"])
 @pytest.mark.parametrize("kind", ["sums", "linked", "chain"])
-def test_decoded_answers_read_as_they_should(form, kind):
+def test_decoded_skeletons_read_as_they_should(kind):
     asked = requests_of(kind, 3)
-    decode = {"sot": baselines.sot_answers, "apar": baselines.apar_answers}[form]
     sampling = SamplingConfig(max_new_tokens=600)
-    answers = decode(oracle_of(asked, form), [prompt for prompt, _ in asked], sampling, 0)
+    prompts = [prompt for prompt, _ in asked]
+    answers = baselines.sot_answers(oracle_of(asked, "sot"), prompts, sampling, 0)
     for (prompt, program), answer in zip(asked, answers, strict=True):
         assert answer.text == language.render(program)
         assert answer.finished
-        encoded = baselines.encode(program, PROMPT, TOKENIZER, END, form)
+        encoded = baselines.encode(program, PROMPT, TOKENIZER, END, "sot")
         assert [t.ids[t.forced :].tolist() for t in answer.threads[1:]] == [
             [*block.tolist(), CLOSE] for block in encoded.blocks
         ]
-        if form == "apar":  # the forks of a decoder that writes children at once
-            assert answer.steps == critical_path.critical_path(encoded)
-        else:
-            longest = max([len(block) + 1 for block in encoded.blocks], default=0)
-            assert answer.steps == len(encoded.main) + longest
+        longest = max([len(block) + 1 for block in encoded.blocks], default=0)
+        assert answer.steps == len(encoded.main) + longest
         assert answer.decoded == critical_path.timeline(encoded).decoded
         assert answer.prompt == prompt
 
@@ -177,10 +173,9 @@ def test_sequential_answers_are_timed_without_their_prompts():
 def test_what_runs_out_of_room_is_not_finished():
     asked = requests_of("sums", 1)
     sampling = SamplingConfig(max_new_tokens=25)
-    for form, decode in (("sot", baselines.sot_answers), ("apar", baselines.apar_answers)):
-        (answer,) = decode(oracle_of(asked, form), [asked[0][0]], sampling, 0)
-        assert not answer.finished
-        assert len(answer.text) < len(language.render(asked[0][1]))
+    (answer,) = baselines.sot_answers(oracle_of(asked, "sot"), [asked[0][0]], sampling, 0)
+    assert not answer.finished
+    assert len(answer.text) < len(language.render(asked[0][1]))
 
 
 def test_leads():

@@ -1,44 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed is the program that was given, and a thinned prompt is what threads see of it."""
+"""What is timed is the program that was given."""
 
 import dataclasses
 import functools
 
-import jax
 import numpy as np
 import pytest
 
-from lm import prompting, transformer
 from lm.async_decoding import (
     benchmark,
     critical_path,
-    evicted,
     figures,
-    language,
     simulate,
-    threads,
-    verify,
-    verify_pool,
 )
 from lm.async_decoding.benchmark import Options, Work
-from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.text.tokenizers import ByteTokenizer
-
-TOKENIZER = ByteTokenizer().add_tokens(language.TAGS)
-END = TOKENIZER.stop_ids[0]
-MODEL = ModelConfig(
-    vocab_size=384, num_layers=2, embed_dim=64, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48
-)
-SPEAKER = prompting.Speaker(
-    model=MODEL,
-    params=transformer.init(MODEL, jax.random.key(0)),
-    tokenizer=TOKENIZER,
-    template=None,
-    stop_ids=TOKENIZER.stop_ids,
-    valid_vocab=TOKENIZER.vocab_size,
-)
-PROMPT = np.arange(40, 60, dtype=np.int32)
+from tests.lm.async_decoding.composed_programs import END, PROMPT, SPEAKER, TOKENIZER
 
 
 def programs(count):
@@ -76,45 +53,6 @@ def test_rows_hold_what_they_promise():
     assert set(figures.draw(rows())) == {"benchmark"}
 
 
-def test_threads_on_a_thinned_prompt():
-    """Logits after every token of main and blocks, against each as one sequence without the
-    prompt's dropped keys."""
-    evictor = evicted.build("streaming_llm", 6)
-    program = programs(1)[0]
-    rules = threads.Rules(13, 128, "predicted")
-    static, known, tokens, lengths = verify_pool.arguments(SPEAKER, [program], rules)
-    script = verify_pool.script_of([program])
-    given = SPEAKER.params, known
-    state = benchmark._begin(static, evictor, *given, tokens, lengths, script)
-    assert state.threads.slots.tolist() == [6]
-    length, sinks = len(program.prompt), evictor.sinks
-    expected = without(program, range(sinks, length - 6 + sinks))
-    main, count = length, 0
-    while not bool(state.threads.done.all()):
-        indices = np.asarray(state.threads.rows.fed)[0]
-        state, (fed, logits) = verify_pool._step(static, *given, state, script)
-        owners = np.asarray(fed.threads)[0].tolist()
-        for row, owner in enumerate(owners):
-            if owner >= 0:
-                name = (owner, int(indices[row]) if owner else main)
-                np.testing.assert_allclose(expected[name], logits[0, row], rtol=0, atol=2e-5)
-                count += 1
-        main += owners[0] == 0
-    assert count >= critical_path.timeline(program).decoded - 1
-
-
-def without(program, dropped):
-    """Logits by name, where the answer, but not the prompt, sees less of the prompt."""
-    truth, standing = simulate.simulate(program), simulate.positions(program, "predicted")
-    unseen = {(0, index) for index in dropped}
-    for name, one in truth.items():
-        if name[0] or name[1] >= len(program.prompt):
-            truth[name] = dataclasses.replace(one, sees=one.sees - unseen)
-    names = sorted(truth)
-    found = verify._alone(MODEL, SPEAKER.params, names, truth, standing)
-    return dict(zip(names, found, strict=False))
-
-
 def test_prompts_grow_in_front():
     work = Work(programs(1)[0], 9)
     (longer,) = benchmark.lengthened([work], 50, 256, 0)
@@ -127,11 +65,11 @@ def test_prompts_grow_in_front():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"compose": ("cp_heads",)}, "drafts inside each thread: not built"),
-        ({"compose": ("token_select",)}, "not built"),
-        ({"compose": ("evict:snapkv",)}, "none, or evict:METHOD:TOKENS"),
+        ({"compose": ("evict:snapkv",)}, "none, evict:METHOD:TOKENS"),
         ({"compose": ("evict:adakv:8",)}, "heads keep unequal numbers"),
-        ({"compose": ("none:8",)}, "none, or evict"),
+        ({"compose": ("evict:snapkv:x",)}, "'x' is no number of tokens"),
+        ({"compose": ("spec_kv",)}, "none, evict:METHOD:TOKENS, spec_kv:TOKENS"),
+        ({"compose": ("none:8",)}, "none, evict"),
         ({"compose": ()}, "METHOD one of snapkv, streaming_llm"),
         ({"batches": (0,)}, "--batches"),
         ({"scheme": "oracle"}, "cannot be decoded"),
@@ -147,6 +85,8 @@ def test_what_does_not_fit_is_refused():
     for change, reason in (
         ({"batches": (4,)}, "2 answers for a batch of 4"),
         ({"compose": ("evict:knorm:20",)}, "the shortest prompt has 19 tokens"),
+        ({"compose": ("spec_kv:8",)}, "no draft model was named"),
+        ({"compose": ("cp_heads",)}, "no head was named"),
     ):
         with pytest.raises(UserError, match=reason):
             next(benchmark.benchmark(SPEAKER, works, Options(**{"batches": (1,)} | change)))

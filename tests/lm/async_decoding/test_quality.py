@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scorers against what they are defined as, judges, win rates, and the front."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -150,8 +151,18 @@ def test_length_is_taken_out_of_win_rates():
     assert 99 < judge.length_controlled([Judgement(1.0, 5, 6)] * 4).length_controlled <= 100
     # difficulties explain what they explain
     hard = [0.0, 1.0] * 200
-    uneven = [Judgement(1.0 - x, 10 + i % 3, 12) for i, x in enumerate(hard)]
-    assert judge.length_controlled(uneven, hard).length_controlled == pytest.approx(50, abs=2)
+    uneven = [Judgement(1.0 - x, 10 + i % 3, 12, x) for i, x in enumerate(hard)]
+    assert judge.length_controlled(uneven).length_controlled == pytest.approx(50, abs=2)
+    # long answers to easy requests: without difficulties their length is what wins
+    rng = np.random.default_rng(2)
+    hard = rng.random(4000)
+    chance = 1 / (1 + np.exp(4 * hard - 2))
+    wins = (rng.random(4000) < chance).astype(float)
+    lengths = (1000 - 800 * hard + rng.normal(0, 100, 4000)).astype(int)
+    told = [Judgement(w, 600, int(n), x) for w, n, x in zip(wins, lengths, hard, strict=True)]
+    silent = [dataclasses.replace(one, difficulty=None) for one in told]
+    assert abs(judge.length_controlled(told).slope) < 0.5
+    assert judge.length_controlled(silent).slope > 1
 
 
 def test_judge_files_are_read(tmp_path):
@@ -163,6 +174,17 @@ def test_judge_files_are_read(tmp_path):
     ]
     file.write_text(json.dumps(records))
     assert judge.read_judgements(file) == [Judgement(0.25, 3, 2), Judgement(0.5, 1, 1)]
+    known = tmp_path / "difficulties.json"
+    known.write_text(json.dumps({"x": 2, "y": -1}))
+    records[2]["instruction"] = "y"
+    file.write_text(json.dumps(records))
+    found = judge.read_judgements(file, judge.read_difficulties(known))
+    assert [one.difficulty for one in found] == [2.0, -1.0]
+    with pytest.raises(DataError, match="instruction 'y' has no difficulty"):
+        judge.read_judgements(file, {"x": 2.0})
+    known.write_text("[1, 2]")
+    with pytest.raises(UserError, match="not an object from requests to numbers"):
+        judge.read_difficulties(known)
     file.write_text(json.dumps([{"output_1": "a", "output_2": "b", "preference": 3}]))
     with pytest.raises(DataError, match=r"annotations\.json:1: preference 3 is not"):
         judge.read_judgements(file)

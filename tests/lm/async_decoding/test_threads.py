@@ -133,6 +133,7 @@ def simulators(script, rules, watch=False):
             places=rules.rows - 1,
             max_tokens=rules.max_tokens,
             scheme=rules.scheme,
+            form=rules.form,
             watch=watch,
         )
         for b in range(B)
@@ -156,19 +157,23 @@ def check_feed(fed, simulated, b):
 
 def check_answer(state, b, simulated):
     """Threads, text and warnings of a request that is done."""
-    found, _ = reading.threads_of(state, b, SPEAKER)
+    form = simulated.form
+    found, _ = reading.threads_of(state, b, SPEAKER, form)
     assert found[0].ids.tolist() == simulated.main
     assert found[0].steps.tolist() == simulated.main_steps
     assert len(found) == 1 + len(simulated.started)
     for thread, block in zip(found[1:], simulated.started, strict=True):
         assert thread.ids[thread.forced :].tolist() == block.ids
-        assert thread.ids[: thread.forced].tolist()[1:-1] == block.topic
+        assert thread.ids[: thread.forced].tolist() == block.opening
         assert thread.steps.tolist() == block.steps
-    given = reading.answer(state, b, "", np.zeros(0, np.int32), SPEAKER)
+    given = reading.answer(state, b, "", np.zeros(0, np.int32), SPEAKER, form=form)
     assert given.steps == simulated.step
     whole = simulated.ended and all(block.closed for block in simulated.blocks)
     assert given.finished == whole
     assert given.decoded == simulated.decoded
+    if form == "apar":
+        assert given.text == forked_text(simulated)
+        return
     # a letter is there as often as it came out, less those of topics
     spoken = collections.Counter()
     for thread in found:
@@ -182,6 +187,17 @@ def check_answer(state, b, simulated):
     assert given.assembly.warnings.get("promise_without_block", 0) == missing
 
 
+def forked_text(simulated):
+    """Every fork replaced by its block, without tags and ends."""
+    silent = {*TAGS.values(), *TOKENIZER.stop_ids}
+    blocks = iter([block.ids for block in simulated.blocks])
+    text = b""
+    for token in simulated.main:
+        ids = next(blocks) if token == TAGS[language.PROMISE_END] else [token]
+        text += TOKENIZER.decode([one for one in ids if one not in silent]).encode()
+    return text.decode()
+
+
 def swallowed(main):
     """Letters of main in whole openings of blocks: nobody promised those."""
     pieces = language.pieces_of_ids(main, TOKENIZER, TOKENIZER.stop_ids)
@@ -193,10 +209,18 @@ def swallowed(main):
     return found
 
 
-@pytest.mark.parametrize("scheme", ["predicted", "fork_join_max", "fork_join_sum"])
-def test_every_step_is_the_simulators(scheme):
+@pytest.mark.parametrize(
+    ("scheme", "form"),
+    [
+        ("predicted", "async"),
+        ("fork_join_max", "async"),
+        ("fork_join_sum", "async"),
+        ("fork_join_max", "apar"),
+    ],
+)
+def test_every_step_is_the_simulators(scheme, form):
     """What is fed, where it stands and what it sees; three rows, so that promises queue."""
-    rules = dataclasses.replace(STEPPED, scheme=scheme)
+    rules = dataclasses.replace(STEPPED, scheme=scheme, form=form)
     script = random_script(len(scheme))
     simulated = simulators(script, rules, watch=True)
     for one in simulated:
@@ -315,6 +339,8 @@ def test_positions_that_cannot_be_decoded_are_refused():
         Rules(2, 10, "oracle")
     with pytest.raises(UserError, match="positions='oracle' cannot be decoded"):
         decode.Settings(positions="oracle")
+    with pytest.raises(UserError, match="positions='predicted': forks of APAR go on by"):
+        decode.Settings(positions="predicted").rules("predicted", "apar")
     for wrong in ({"threads": 0}, {"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
         with pytest.raises(UserError, match=r"must be|must not"):
             decode.Settings(**wrong)

@@ -15,7 +15,8 @@ class Block:
     """A promise and what became of it."""
 
     topic: list[int]
-    tokens: int
+    opening: list[int]
+    most: int  # tokens of text
     position: int  # of its first token
     memory: set[int]  # entries of the pool; the promise's last token joins when it is fed
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -39,8 +40,11 @@ class Fed:
 class Simulator:
     """Decodes what `script(thread, index)` says comes out of a thread."""
 
-    def __init__(self, tokenizer, script, *, prompt, places, max_tokens, scheme, watch=False):
+    def __init__(
+        self, tokenizer, script, *, prompt, places, max_tokens, scheme, form="async", watch=False
+    ):
         """prompt: tokens of it; places: blocks at a time; watch: keep what each entry sees."""
+        self.form = form
         self.watch = watch
         self.tokenizer, self.script, self.scheme = tokenizer, script, scheme
         self.tags = language.tag_ids(tokenizer)
@@ -78,7 +82,7 @@ class Simulator:
         speakers = []
         for row in sorted(self.row_of):
             block = self.row_of[row]
-            if not block.closed and block.fed >= len(block.topic) + 2:
+            if not block.closed and block.fed >= len(block.opening):
                 speakers.append(block)
         gone = [row for row, block in self.row_of.items() if block.gone]
         if main_speaks:
@@ -104,7 +108,7 @@ class Simulator:
             fed.append((None, 0, self.main[-1], self.position))
         for row in sorted(self.row_of):
             block = self.row_of[row]
-            opening = [self.tags[language.ASYNC], *block.topic, self.tags[language.ASYNC_BODY]]
+            opening = block.opening
             number = block.fed - len(opening)
             if number < 0:
                 token = opening[block.fed]
@@ -126,7 +130,7 @@ class Simulator:
                 block.memory.add(entry)
                 block.entries.append(entry)
         for block, thread, token, position in fed:
-            if block is None and token == self.tags[language.SYNC]:
+            if block is None and token == self.tags[language.SYNC] and self.form == "async":
                 for other in self.unjoined:
                     self.memory |= set(other.entries)
                 self.unjoined = []
@@ -157,9 +161,12 @@ class Simulator:
         if token in self.stops:
             self.ended = True
         elif token == self.tags[language.SYNC]:
-            self.waiting = True
+            self.waiting = self.form == "async"
         elif token == self.tags[language.PROMISE_END]:
-            self.maybe_promise()
+            if self.form == "apar":
+                self.promise([], [self.tags[language.ASYNC_BODY]], 10**9)
+            else:
+                self.maybe_promise()
 
     def maybe_promise(self):
         start = max(
@@ -173,16 +180,20 @@ class Simulator:
             return
         divide = self.main.index(self.tags[language.TOKENS], start)
         topic, tokens = self.main[start + 1 : divide], language.clamp(found[1])
-        block = Block(topic, tokens, self.position + 1, set(self.memory))
-        block.promise = len(self.main) - 1
-        self.blocks.append(block)
-        self.unjoined.append(block)
+        opening = [self.tags[language.ASYNC], *topic, self.tags[language.ASYNC_BODY]]
+        self.promise(topic, opening, 2 * tokens)
         if self.scheme == "predicted":
             self.jump = len(topic) + 2 + tokens + 1
 
+    def promise(self, topic, opening, most):
+        block = Block(topic, opening, most, self.position + 1, set(self.memory))
+        block.promise = len(self.main) - 1
+        self.blocks.append(block)
+        self.unjoined.append(block)
+
     def block_speaks(self, block):
         token = self.script(self.blocks.index(block) + 1, len(block.ids))
-        full = len(block.ids) == 2 * block.tokens
+        full = len(block.ids) == block.most
         if full and token != self.tags[language.ASYNC_END]:
             block.closed = True  # cut off
             return
@@ -194,7 +205,7 @@ class Simulator:
 
     def join(self):
         self.waiting = False
-        lengths = [len(block.topic) + 2 + self.said(block) + 1 for block in self.unjoined]
+        lengths = [len(block.opening) + self.said(block) + 1 for block in self.unjoined]
         if self.scheme == "fork_join_sum":
             self.position += sum(lengths)
         elif self.scheme == "fork_join_max":
