@@ -34,7 +34,7 @@ from experiments import cli, gate
 from lm.draft_inference import evaluate
 from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
-from lm.long_context.evaluate import Options
+from lm.long_context.options import Options
 from lm.workdir import Workdir
 from ops.dispatch import IMPLEMENTATIONS
 

@@ -24,7 +24,7 @@ from lm.draft_inference import evaluate, pipeline
 from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
 from lm.generate import Generation
-from lm.long_context.evaluate import Options
+from lm.long_context.options import Options
 from lm.long_context.speaking import Selective
 from ops.dispatch import IMPLEMENTATIONS
 
