@@ -74,7 +74,8 @@ def of_task(
       apart: context and question are encoded each by itself, and `contexts` says where they meet.
       new_tokens: that an answer may take; 0: as many as the task says, which is the least.
 
-    Raises UserError: fewer new tokens than the task's, a length below the task's smallest form, an essay that is missing.
+    Raises UserError: fewer new tokens than the task's, a length below its smallest form, an essay
+    that is missing.
     """
     spent = 0
     if chat:
