@@ -29,7 +29,7 @@ def define_running(default: str = "the checkpoint's") -> None:
     """--dtype and --implementation; default: which dtype there is without."""
     names = ["float32", "bfloat16", "float16"]
     flags.DEFINE_enum("dtype", None, names, f"default: {default}")
-    about = "of the ops (default: the first that serves)"
+    about = "of every op, or a refusal (default: for each the first that serves)"
     flags.DEFINE_enum("implementation", None, list(IMPLEMENTATIONS), about)
 
 

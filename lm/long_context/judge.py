@@ -30,6 +30,7 @@ from lm.long_context.program import Program
 from lm.progress import Progress
 from lm.prompting import Speaker
 from lm.workdir import Workdir, environment
+from ops import dispatch
 
 KIND = "long_context"
 ROWS, ANSWERS = "eval.jsonl", "answers.jsonl"
@@ -284,6 +285,7 @@ class Judge:
             "seed": questions.seed,
             "questions": QUESTIONS[bool(questions.contexts)],
             "checkpoint": self.checkpoint,
+            "implementations": dispatch.served(),
             **_provenance(),
             "key": asked.key,
         }
