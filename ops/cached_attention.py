@@ -9,16 +9,18 @@ from ops import (
     _cached_attention_reference,
     _cached_attention_xla,
     _heads,
+    _stacked,
     dispatch,
 )
 
 
 def cached_attention(
     q: jax.Array,  # [B, T, N, H]
-    k: jax.Array,  # [B, S, K, H]
-    v: jax.Array,  # [B, S, K, H]
+    k: jax.Array,  # [B, S, K, H], or [L, B, S, K, H] with layer
+    v: jax.Array,  # as k
     *,
     lengths: jax.Array,  # [B] int32
+    layer: int | jax.Array | None = None,  # [] int32
     scale: float | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -35,6 +37,7 @@ def cached_attention(
     Args:
       q, k, v: floating point; the cache may have another dtype than q. Query head h reads head h //
         (N // K).
+      layer: which layer of stacked k and v; steps then read it where it lies.
       scale: a Python number, H ** -0.5 by default.
       return_lse: also return the log-sum-exp of every row's scores.
       implementation: a name from `dispatch.IMPLEMENTATIONS`. "reference" scores the whole cache at
@@ -50,13 +53,17 @@ def cached_attention(
       ValueError: shapes or types that do not fit together.
       dispatch.Unsupported: the named implementation cannot serve the call.
     """
-    _heads.check(q, k, v)
+    k = _stacked.stacked("k", k, layer, "B S K H")
+    v = _stacked.stacked("v", v, layer, "B S K H")
+    if k.shape[0] != v.shape[0]:
+        raise ValueError(f"k and v have {k.shape[0]} and {v.shape[0]} layers")
+    _heads.check(q, k[0], v[0])
     if lengths.shape != q.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(
             f"lengths must be {q.shape[:1]} integers, got {lengths.shape} {lengths.dtype}"
         )
-    if q.shape[1] > k.shape[1]:
-        raise ValueError(f"{q.shape[1]} new tokens do not fit a cache of {k.shape[1]} slots")
+    if q.shape[1] > k.shape[2]:
+        raise ValueError(f"{q.shape[1]} new tokens do not fit a cache of {k.shape[2]} slots")
     out, lse = dispatch.dispatch(
         "cached_attention",
         implementation,
@@ -70,6 +77,7 @@ def cached_attention(
         k,
         v,
         lengths.astype(jnp.int32),
+        _stacked.layer_index(layer),
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
     )
     return (out, lse) if return_lse else out

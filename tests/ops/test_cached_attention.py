@@ -90,10 +90,11 @@ def test_chunks_are_rows_of_masked_attention():
     chunk = functools.partial(
         _cached_attention_masked.served, "xla", _masked_attention_xla.masked_attention
     )
-    actual = jit(lambda *x: chunk(*x, scale=0.25))(q, k, v, lengths)
+    stacked = q, k[None], v[None], lengths, jnp.int32(0)
+    actual = jit(lambda *x: chunk(*x, scale=0.25))(*stacked)
     assert_close(actual, run("reference", None, q, k, v, lengths), "float32")
     with pytest.raises(dispatch.Unsupported, match="64 new tokens and more, not 63"):
-        chunk(q[:, 1:], k, v, lengths, scale=0.25)
+        chunk(q[:, 1:], *stacked[1:], scale=0.25)
 
 
 @pytest.mark.gpu
