@@ -80,6 +80,7 @@ def demo() -> ConfigDict:
     draft.band = 128
     draft.columns = 128
     draft.least = 13
+    draft.prompt.chunk = 8  # SpecPrefill's own 32 do not fit a tenth of the context
     config = long_context.of_method(long_context.demo(), draft=draft)
     config.train.steps = 240  # two models are trained
     config.train.checkpoint_every = 240

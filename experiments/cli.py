@@ -98,8 +98,10 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
         except CheckFailed as error:
             _print(error.result)
             _exit(1, f"check failed: {error}")
-        except (UserError, Unsupported) as error:
+        except UserError as error:
             _exit(2, str(error))
+        except Unsupported as error:
+            _exit(2, f"{error}{_hint()}")
         except RunError as error:
             _exit(1, str(error))
         except jax.errors.JaxRuntimeError as error:
@@ -115,6 +117,14 @@ def run(main: Callable[[], dict[str, Any]]) -> None:
     threading.excepthook = _thread_failed
     _show_flags_in_help()
     app.run(wrapped, flags_parser=_parse)
+
+
+def _hint() -> str:
+    """What to do about an op that the named implementation does not serve: a mix of implementations
+    under one name would be measured as what it is not."""
+    if "implementation" not in FLAGS or FLAGS.implementation is None:
+        return ""
+    return "; without --implementation every op takes the first that serves"
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

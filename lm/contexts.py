@@ -206,9 +206,10 @@ class Decode(Sharded):
             whole.at[layer, rows, slots].set(new.astype(whole.dtype), mode="drop")
             for whole, new in zip(state, (k, v), strict=True)
         )
-        keys, values = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in state)
-        lengths = jnp.minimum(lengths + T, keys.shape[1])
-        out = cached_attention(q, keys, values, lengths=lengths, implementation=self.implementation)
+        lengths = jnp.minimum(lengths + T, state[0].shape[2])
+        out = cached_attention(
+            q, *state, lengths=lengths, layer=layer, implementation=self.implementation
+        )
         return out, state
 
     def advanced(self, count: jax.Array | int) -> Cache:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every training job is assembled with, whatever it trains."""
 
+import shutil
 from collections.abc import Mapping
 
 import grain
@@ -19,7 +20,10 @@ def save_tokenizer(resolved: setup.Setup, workdir: Workdir) -> None:
     """Keeps a tokenizer that was trained for this run: other data would give another one."""
     directory = workdir.path / "tokenizer"
     if resolved.config.data.tokenizer.startswith("bpe:") and not directory.is_dir():
-        resolved.tokenizer.save(directory)
+        partial = directory.with_name("tokenizer.partial")  # a run may be killed here
+        shutil.rmtree(partial, ignore_errors=True)
+        resolved.tokenizer.save(partial)
+        partial.replace(directory)
 
 
 def check_batch(config: Config, mesh: sharding.Sharding | None) -> None:

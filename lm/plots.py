@@ -259,7 +259,7 @@ def rates(
             y = [row["tflops"] for row in shown]
             panel.bar(x, y, width, align="edge", color=palette[name], label=name)
         panel.set_xticks(range(len(cases)), [case.replace("_", " ") for case in cases])
-        panel.set_ylim(0, 1.05 * highest)
+        panel.set_ylim(0, 1.05 * highest or 1.0)
         panel.set_title(f"{length:,} {unit}")
         panel.grid(False, axis="x")
         if column == 0:

@@ -9,12 +9,14 @@ from ops._masked_attention_reference import dense_attention
 
 def cached_attention(
     q: jax.Array,  # [B, T, N, H]
-    k: jax.Array,  # [B, S, K, H]
-    v: jax.Array,  # [B, S, K, H]
+    k: jax.Array,  # [L, B, S, K, H]
+    v: jax.Array,  # [L, B, S, K, H]
     lengths: jax.Array,  # [B] int32
+    layer: jax.Array,  # [] int32
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, H], [B, T, N]
+    k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
     slots = row_slots(lengths, q.shape[1])
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)[None, :]
     return dense_attention(q, k, v, keys[:, None, :] <= slots[:, :, None], scale=scale)

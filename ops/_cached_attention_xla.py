@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ops import _online_softmax as online_softmax
 from ops import dispatch
@@ -19,16 +20,17 @@ _LARGEST_BLOCK = {"cpu": 1024, "gpu": 8192, "tpu": 2048}
 
 def cached_attention(
     q: jax.Array,  # [B, T, N, H]
-    k: jax.Array,  # [B, S, K, H]
-    v: jax.Array,  # [B, S, K, H]
+    k: jax.Array,  # [L, B, S, K, H]
+    v: jax.Array,  # [L, B, S, K, H]
     lengths: jax.Array,  # [B] int32
+    layer: jax.Array,  # [] int32
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:  # [B, T, N, H], [B, T, N]
     B, T, N, H = q.shape
-    S, K = k.shape[1:3]
+    S, K = k.shape[2:4]
     block = block_size(B * T * N, S)
-    q, k, v, lengths = common_varying((q, k, v, lengths))
+    q, k, v, lengths, layer = common_varying((q, k, v, lengths, layer))
     slots = row_slots(lengths, T)
     rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
     dtype = jnp.promote_types(q.dtype, v.dtype)
@@ -37,7 +39,11 @@ def cached_attention(
         # The last block overlaps the one before instead of reaching beyond the cache.
         first = jnp.minimum(step * block, S - block)
         keys = first + jnp.arange(block, dtype=jnp.int32)
-        k_block, v_block = (jax.lax.dynamic_slice_in_dim(x, first, block, axis=1) for x in (k, v))
+        # a layer that is sliced out first would be copied
+        k_block, v_block = (
+            _as_it_lies(jax.lax.dynamic_slice(x, (layer, 0, first, 0, 0), (1, B, block, K, H))[0])
+            for x in (k, v)
+        )
         scores = scale * jnp.einsum(
             "BKRH,BSKH->BKRS", rows, k_block, preferred_element_type=jnp.float32
         )
@@ -56,6 +62,11 @@ def cached_attention(
     out = out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
     lse = lse.reshape(B, K, N // K, T).transpose(0, 3, 1, 2).reshape(B, T, N)
     return out.astype(q.dtype), lse
+
+
+def _as_it_lies(block: jax.Array) -> jax.Array:
+    """XLA for GPUs would rather have heads first, and turn the whole cache around before a loop."""
+    return with_layout_constraint(block, Layout(major_to_minor=tuple(range(block.ndim))))
 
 
 def block_size(rows: int, num_slots: int) -> int:

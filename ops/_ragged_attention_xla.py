@@ -42,7 +42,9 @@ def with_tail(
         return kept
     k, v, lengths = tail
     k, v = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (k, v))
-    recent = _cached_attention_xla.cached_attention(q, k, v, lengths, scale=scale)
+    recent = _cached_attention_xla.cached_attention(
+        q, k[None], v[None], lengths, jnp.int32(0), scale=scale
+    )
     return merge_attention([kept, recent])
 
 

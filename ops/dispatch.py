@@ -25,6 +25,7 @@ ORDER: Mapping[str, tuple[str, ...]] = {
 # Part of jit's cache key, so a function traced for one platform is traced again for another.
 _target_platform = jax.make_user_context(None)
 _logged: set[tuple[str, str, str]] = set()
+_served: dict[str, set[str]] = {}
 
 
 class Unsupported(Exception):
@@ -71,7 +72,9 @@ def dispatch(
             )
         if implementation not in candidates:
             raise Unsupported(f"no {implementation} implementation of {op}")
-        return candidates[implementation](*args, **kwargs)
+        result = candidates[implementation](*args, **kwargs)
+        _served.setdefault(op, set()).add(implementation)
+        return result
 
     platform = current_platform()
     reasons = []
@@ -84,8 +87,14 @@ def dispatch(
             reasons.append(f"{name}: {str(refusal).removeprefix(f'{name}: ')}")
             continue
         _log_once(op, platform, name, reasons)
+        _served.setdefault(op, set()).add(name)
         return result
     raise Unsupported(f"no implementation of {op} on {platform}: " + ("; ".join(reasons) or "none"))
+
+
+def served() -> dict[str, list[str]]:
+    """The implementations that every op has been traced with in this process so far."""
+    return {op: sorted(names) for op, names in sorted(_served.items())}
 
 
 def _log_once(op: str, platform: str, name: str, reasons: list[str]) -> None:

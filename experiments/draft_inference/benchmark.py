@@ -30,6 +30,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli, gate
+from experiments.long_context import flags as shared
 from lm import hardware, prompting, setup, transformer
 from lm.config import ModelConfig
 from lm.draft_inference import benchmark, draft
@@ -38,34 +39,15 @@ from lm.draft_inference.methods import Methods
 from lm.errors import UserError
 from lm.long_context.benchmark import Options, random_params
 from lm.progress import say
-from lm.workdir import Workdir
-from ops import dispatch
 
 NAMES = ("first_token", "total")
-DEFAULTS = Options()
 
 cli.define_config(data=False)
 config_flags.DEFINE_config_file("draft_config", help_string="FILE.py:PRESET of a random draft")
 REQUIRE = gate.define(NAMES)
 TARGET = flags.DEFINE_string("target", None, "workdir or Hugging Face directory")
 DRAFT = flags.DEFINE_string("draft", None, "the same of the draft (default: draft.path)")
-WORKDIR = flags.DEFINE_string("workdir", None, "also append the rows to benchmark.jsonl there")
-METHODS = flags.DEFINE_list("methods", list(benchmark.METHODS), "beside each other")
-CONTEXTS = flags.DEFINE_list("contexts", [], "tokens of a prompt (default: tasks.eval_lengths)")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "prompts at once")
-BUDGET = flags.DEFINE_integer("budget", None, "tokens kept (default: the config's)")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", DEFAULTS.new_tokens, "timed steps")
-REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "prompts per row")
-LAYERS = flags.DEFINE_integer(
-    "layers", None, "of a random target (default: the config's); 0: those that fit", lower_bound=0
-)
-PRICE = flags.DEFINE_float("chip_price", None, "per chip-hour: adds cost per 1,000 requests")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the config's or checkpoint's"
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(dispatch.IMPLEMENTATIONS), "of the ops (default: what serves)"
-)
+shared.define_benchmark(benchmark.METHODS, "tokens kept", "target", "1,000 requests")
 
 
 def main() -> dict[str, Any]:
@@ -73,22 +55,13 @@ def main() -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     requirements = gate.parse(REQUIRE.value, NAMES)
     config = cli.config(DraftConfig)
-    options = Options(
-        methods=tuple(METHODS.value),
-        contexts=cli.numbers("contexts", CONTEXTS.value) or config.tasks.eval_lengths,
-        batch_sizes=cli.numbers("batch_sizes", BATCH_SIZES.value),
-        budget=BUDGET.value,
-        new_tokens=NEW_TOKENS.value,
-        repeats=REPEATS.value,
-        implementation=IMPLEMENTATION.value or config.train.implementation or None,
-        seed=config.train.seed,
-    )
+    options = shared.timing(config)
     drafter = _draft(config)
     model, params, valid_vocab = _target(config, options, drafter)
     if drafter is not None:
         drafter.check(model)
     methods = Methods(config.draft, drafter)
-    workdir, rows = _workdir(config), []
+    workdir, rows = shared.kept(config), []
     about = {
         "checkpoint": TARGET.value or "random",
         "draft": DRAFT.value or config.draft.path or ("random" if drafter is not None else None),
@@ -96,8 +69,8 @@ def main() -> dict[str, Any]:
     }
     for row in benchmark.rows(model, params, methods, options, valid_vocab):
         row |= about
-        if PRICE.value is not None and row["requests_per_s"]:
-            row["cost_per_1000_requests"] = PRICE.value / 3.6 / row["requests_per_s"]
+        if cli.FLAGS.chip_price is not None and row["requests_per_s"]:
+            row["cost_per_1000_requests"] = cli.FLAGS.chip_price / 3.6 / row["requests_per_s"]
         rows.append(row)
         if workdir is not None:
             workdir.append("benchmark.jsonl", row)
@@ -121,7 +94,7 @@ def _draft(config: DraftConfig) -> draft.Draft | None:
     if sum((bool(path), shape, bool(config.draft.layers))) > 1:
         raise UserError("--draft, --draft_config and draft.layers each name a draft: pass one")
     if path:
-        return draft.load(path, dtype=DTYPE.value)
+        return draft.load(path, dtype=cli.FLAGS.dtype)
     if not shape:
         return None
     resolved = setup.resolve(cli.config(DraftConfig, "draft_config"))
@@ -134,14 +107,14 @@ def _target(
 ) -> tuple[ModelConfig, transformer.Params, int | None]:
     """The model, its parameters, and the real tokens of its vocabulary."""
     if TARGET.value is not None:
-        if LAYERS.value is not None:
+        if cli.FLAGS.layers is not None:
             raise UserError("--layers cuts a random target, not a checkpoint")
         path = pathlib.Path(TARGET.value)
         load = prompting.load_hf if setup.is_hf(path) else prompting.load_workdir
-        speaker = load(path, dtype=DTYPE.value)
+        speaker = load(path, dtype=cli.FLAGS.dtype)
         return speaker.model, speaker.params, speaker.valid_vocab
     resolved = setup.resolve(config)
-    model, layers = _typed(resolved.model), LAYERS.value
+    model, layers = _typed(resolved.model), cli.FLAGS.layers
     if layers == 0:
         memory = benchmark.memory()
         tokens = max(options.contexts) + options.draws
@@ -154,17 +127,7 @@ def _target(
 
 
 def _typed(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, dtype=DTYPE.value or model.dtype)
-
-
-def _workdir(config: DraftConfig) -> Workdir | None:
-    if WORKDIR.value is None:
-        return None
-    workdir = Workdir(WORKDIR.value)
-    workdir.create(config)
-    if not (workdir.path / "config.json").exists():  # a run keeps its own
-        workdir.record(config)
-    return workdir
+    return dataclasses.replace(model, dtype=cli.FLAGS.dtype or model.dtype)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from lm.config import freeze
 from lm.draft_inference import evaluate, training
 from lm.draft_inference.config import DraftConfig
 from lm.long_context import figures
-from lm.long_context.evaluate import Options
 from lm.long_context.methods import DENSE
+from lm.long_context.options import Options
 from lm.progress import say
 from lm.workdir import Workdir
 

@@ -31,15 +31,12 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, gate
+from experiments.long_context import flags as shared
 from lm.draft_inference import evaluate
 from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
-from lm.long_context.evaluate import Options
-from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 NAMES = ("agreement", "accuracy")
-DEFAULTS = Options()
 
 cli.define_config(data=False)
 REQUIRE = gate.define(NAMES)
@@ -47,31 +44,12 @@ TARGET = flags.DEFINE_list("target", [], "workdirs or Hugging Face directories")
 DRAFT = flags.DEFINE_list("draft", [], "the same of drafts (default: the config's draft.path)")
 HF_TARGET = flags.DEFINE_string("hf_target", None, "another name for --target")
 HF_DRAFT = flags.DEFINE_string("hf_draft", None, "another name for --draft")
-WORKDIR = flags.DEFINE_string("workdir", None, "where rows are kept (default: the target's run)")
-METHODS = flags.DEFINE_list("methods", [], "default: the paper's, dense and the main baselines")
-BUDGETS = flags.DEFINE_list("budgets", [], "tokens or 5% (default: the config's)")
-TASKS = flags.DEFINE_list("tasks", [], "default: tasks.names of the config")
-LENGTHS = flags.DEFINE_list("lengths", [], "tokens of a context (default: tasks.eval_lengths)")
-SAMPLES = flags.DEFINE_integer("samples", 0, "of each task and length (default: eval_samples)")
-SEEDS = flags.DEFINE_list("seeds", [], "of the samples, rows for each (default: draft.seeds)")
+shared.define_comparison(
+    [], "default: the paper's, dense and the main baselines", [], " (default: draft.seeds)"
+)
 QUESTIONS = flags.DEFINE_list("questions", ["aware"], "aware, agnostic or both")
-DATA = flags.DEFINE_string("data", "", "prompts in place of tasks: JSONL, or a line each")
 TEMPLATES = flags.DEFINE_string(
     "templates", "", "JSON of LongBench's prompts by dataset, with {context} and {input}"
-)
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", DEFAULTS.max_new_tokens, "with --data")
-CAPACITY = flags.DEFINE_integer("capacity", None, "context in tokens, with --data", lower_bound=1)
-CHAT = flags.DEFINE_bool(
-    "chat", None, "through the chat template (default: a model of Hugging Face)"
-)
-TIMED = flags.DEFINE_bool("timed", None, "measure latency as well (default: with --data)")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", DEFAULTS.batch_size, "prompts at once")
-TUNED = flags.DEFINE_string("tuned", "", "workdir of tune, or its tuned.json: its settings")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
 )
 
 
@@ -81,34 +59,14 @@ def main() -> dict[str, Any]:
     if not targets:
         raise UserError("which target? give --target, a workdir or a Hugging Face directory")
     config = cli.config(DraftConfig)
-    seeds = (0,) if DATA.value else config.draft.seeds
-    options = Options(
-        methods=tuple(METHODS.value),
-        budgets=tuple(BUDGETS.value),
-        tasks=tuple(TASKS.value),
-        lengths=cli.numbers("lengths", LENGTHS.value),
-        samples=SAMPLES.value,
-        seeds=cli.numbers("seeds", SEEDS.value) or seeds,
+    options = shared.comparison(
+        seeds=(0,) if cli.FLAGS["data"].value else config.draft.seeds,
         questions=tuple(QUESTIONS.value),
-        data=DATA.value,
         templates=TEMPLATES.value,
-        max_new_tokens=MAX_NEW_TOKENS.value,
-        capacity=CAPACITY.value,
-        chat=CHAT.value,
-        timed=TIMED.value,
-        batch_size=BATCH_SIZE.value,
-        tuned=TUNED.value,
-        dtype=DTYPE.value,
-        implementation=IMPLEMENTATION.value,
     )
-    workdir = None
-    if WORKDIR.value is not None:
-        workdir = Workdir(WORKDIR.value)
-        workdir.create(config)
-        if not (workdir.path / "config.json").exists():  # a run keeps its own
-            workdir.record(config)
     drafts = _paths("draft", DRAFT.value, HF_DRAFT.value) or [""]
-    result = evaluate.run(config, [pathlib.Path(x) for x in targets], drafts, options, workdir)
+    paths = [pathlib.Path(path) for path in targets]
+    result = evaluate.run(config, paths, drafts, options, shared.kept(config))
     known = {name: math.nan if result[name] is None else result[name] for name in NAMES}
     failed = gate.failures(requirements, known)
     if failed:

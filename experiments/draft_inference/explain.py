@@ -25,7 +25,7 @@ from lm.draft_inference import evaluate, explain
 from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
 from lm.long_context import asking
-from lm.long_context.evaluate import Options
+from lm.long_context.options import Options
 from lm.progress import Progress
 from ops.dispatch import IMPLEMENTATIONS
 

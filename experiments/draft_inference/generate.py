@@ -19,47 +19,38 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.long_context import flags as shared
 from lm.config import SamplingConfig
 from lm.draft_inference import evaluate, pipeline
 from lm.draft_inference.config import DraftConfig
-from lm.errors import UserError
 from lm.generate import Generation
-from lm.long_context.evaluate import Options
+from lm.long_context.options import Options
 from lm.long_context.speaking import Selective
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 TARGET = flags.DEFINE_string("target", None, "workdir or directory", required=True)
 DRAFT = flags.DEFINE_string("draft", "", "the same of the draft (default: draft.path)")
 METHOD = flags.DEFINE_string("method", "speckv", "any of evaluate")
 BUDGET = flags.DEFINE_integer("budget", None, "tokens kept (default: the config's)", lower_bound=1)
-PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
-PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "a file that is the prompt")
-CHAT = flags.DEFINE_bool("chat", None, "through the chat template (default: if there is one)")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of both models; 0: greedy", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "of the draws")
 DENSE = flags.DEFINE_bool("dense", True, "also with everything kept, to compare")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+shared.define_prompt()
+shared.define_running()
 
 
 def main() -> dict[str, Any]:
-    text = _text()
+    text = shared.text()
     config, path = cli.config(DraftConfig), pathlib.Path(TARGET.value)
-    pair = evaluate.opened(config, path, DRAFT.value, Options(dtype=DTYPE.value))
+    pair = evaluate.opened(config, path, DRAFT.value, Options(dtype=cli.FLAGS.dtype))
     speaker, methods = pair.judge.speaker, pair.judge.methods
     budget = None if METHOD.value == evaluate.DENSE else BUDGET.value or methods.budget
     policy = methods.build(METHOD.value, budget)
-    prompt = speaker.prompt(text, chat=CHAT.value)
+    prompt = speaker.prompt(text, chat=cli.FLAGS.chat)
     sampling = SamplingConfig(temperature=TEMPERATURE.value, max_new_tokens=MAX_NEW_TOKENS.value)
-    key, tokens, log_probs = jax.random.key(SEED.value), [], []
+    key, tokens, log_probs = jax.random.key(cli.FLAGS.seed), [], []
     stream = Selective(speaker, policy).stream(
-        [prompt], sampling, key, implementation=IMPLEMENTATION.value
+        [prompt], sampling, key, implementation=cli.FLAGS.implementation
     )
     shown, stopped, statistics = "", False, None
     for (piece,), found in stream:
@@ -91,7 +82,7 @@ def main() -> dict[str, Any]:
             sampling,
             speaker.stop_ids,
             key,
-            implementation=IMPLEMENTATION.value,
+            implementation=cli.FLAGS.implementation,
             valid_vocab=speaker.valid_vocab,
         )
         result["dense"] = {
@@ -100,18 +91,6 @@ def main() -> dict[str, Any]:
             "edit_distance": again.edit_distance,
         }
     return result
-
-
-def _text() -> str:
-    if (PROMPT.value is None) == (PROMPT_FILE.value is None):
-        raise UserError("pass one of --prompt and --prompt_file")
-    if PROMPT.value is not None:
-        return PROMPT.value
-    try:
-        return pathlib.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{PROMPT_FILE.value}: {reason}") from None
 
 
 if __name__ == "__main__":

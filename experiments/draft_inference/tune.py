@@ -20,11 +20,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from experiments.long_context import flags as shared
 from lm.draft_inference import tune
 from lm.draft_inference.config import DraftConfig
-from lm.long_context import evaluate
 from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(workdir=True, data=False)
 TARGET = flags.DEFINE_string("target", None, "workdir or directory", required=True)
@@ -34,20 +33,7 @@ LAYERS = flags.DEFINE_list("layers", [], "also so many first layers of the targe
 BUDGETS = flags.DEFINE_list("budgets", [], "default: shares of the context, a 64th to a half")
 WINDOWS = flags.DEFINE_list("windows", [], "default: the config's")
 KERNELS = flags.DEFINE_list("kernels", [], "of the pooling, odd (default: the config's)")
-TASKS = flags.DEFINE_list("tasks", [], "default: tasks.names of the config")
-LENGTHS = flags.DEFINE_list("lengths", [], "tokens of a context (default: tasks.eval_lengths)")
-SAMPLES = flags.DEFINE_integer("samples", 0, "of each task and length (default: eval_samples)")
-DATA = flags.DEFINE_string("data", "", "prompts in place of tasks: JSONL, or a line each")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "with --data")
-CAPACITY = flags.DEFINE_integer("capacity", None, "context in tokens, with --data", lower_bound=1)
-CHAT = flags.DEFINE_bool("chat", None, "through the chat template (default: as evaluate)")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts at once")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+shared.define_questions()
 
 
 def main() -> dict[str, Any]:
@@ -58,18 +44,7 @@ def main() -> dict[str, Any]:
         budgets=cli.numbers("budgets", BUDGETS.value),
         windows=cli.numbers("windows", WINDOWS.value),
         kernels=cli.numbers("kernels", KERNELS.value),
-        data=evaluate.Options(
-            tasks=tuple(TASKS.value),
-            lengths=cli.numbers("lengths", LENGTHS.value),
-            samples=SAMPLES.value,
-            data=DATA.value,
-            max_new_tokens=MAX_NEW_TOKENS.value,
-            capacity=CAPACITY.value,
-            chat=CHAT.value,
-            batch_size=BATCH_SIZE.value,
-            dtype=DTYPE.value,
-            implementation=IMPLEMENTATION.value,
-        ),
+        data=shared.options(),
     )
     workdir, path = Workdir(cli.FLAGS.workdir), pathlib.Path(TARGET.value)
     result = tune.run(cli.config(DraftConfig), path, workdir, options)

@@ -33,6 +33,7 @@ import jax
 from absl import flags
 
 from experiments import cli, gate
+from experiments.long_context import flags as shared
 from lm import hardware, prompting, setup
 from lm.benchmarks import selection_problem
 from lm.config import ModelConfig
@@ -44,37 +45,19 @@ from lm.token_select import profile
 from lm.token_select.config import TokenSelectConfig
 from lm.token_select.methods import OWN, Methods
 from lm.transformer import Params
-from lm.workdir import Workdir
 from ops import dispatch
 
 NAMES = ("speedup",)
-DEFAULTS = benchmark.Options()
 _COPIED = {"gpu": 1 << 28, "tpu": 1 << 28}  # numbers; less where memory is slower
 
 cli.define_config(data=False)
 REQUIRE = gate.define(NAMES)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
 HF_DIR = flags.DEFINE_string("hf_dir", None, "Hugging Face directory")
-WORKDIR = flags.DEFINE_string("workdir", None, "also append the rows to benchmark.jsonl there")
-METHODS = flags.DEFINE_list("methods", [DENSE, OWN], "end to end")
-CONTEXTS = flags.DEFINE_list("contexts", [], "tokens of a prompt (default: tasks.eval_lengths)")
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "prompts at once")
-BUDGET = flags.DEFINE_integer("budget", None, "tokens of a step (default: the config's)")
-NEW_TOKENS = flags.DEFINE_integer("new_tokens", DEFAULTS.new_tokens, "timed steps")
-REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "prompts per row")
-LAYERS = flags.DEFINE_integer(
-    "layers", None, "of a random model (default: the config's); 0: those that fit", lower_bound=0
-)
+shared.define_benchmark([DENSE, OWN], "tokens of a step", "model", "million tokens")
 FILLED = flags.DEFINE_bool("filled", False, "random keys and values in place of a prompt")
 PROFILE = flags.DEFINE_bool("profile", True, "stages of a layer first")
 MODES = flags.DEFINE_list("modes", list(selection_problem.MODES), "of the profile: decode, chunk")
-PRICE = flags.DEFINE_float("chip_price", None, "per chip-hour: adds cost per million tokens")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the config's or checkpoint's"
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(dispatch.IMPLEMENTATIONS), "of the ops (default: what serves)"
-)
 
 
 def main() -> dict[str, Any]:
@@ -82,17 +65,7 @@ def main() -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     requirements = gate.parse(REQUIRE.value, NAMES)
     config = cli.config(TokenSelectConfig)
-    options = benchmark.Options(
-        methods=tuple(METHODS.value),
-        contexts=cli.numbers("contexts", CONTEXTS.value) or config.tasks.eval_lengths,
-        batch_sizes=cli.numbers("batch_sizes", BATCH_SIZES.value),
-        budget=BUDGET.value,
-        new_tokens=NEW_TOKENS.value,
-        repeats=REPEATS.value,
-        filled=FILLED.value,
-        implementation=IMPLEMENTATION.value or config.train.implementation or None,
-        seed=config.train.seed,
-    )
+    options = shared.timing(config, filled=FILLED.value)
     methods = Methods(config.select)
     model, made, valid_vocab = _model(config, options)
     options.policies(model, methods)  # refuses before anything is measured
@@ -124,14 +97,14 @@ def _model(
     if len(paths) == 2:
         raise UserError("pass one of --hf_dir and --checkpoint")
     if paths:
-        if LAYERS.value is not None:
+        if cli.FLAGS.layers is not None:
             raise UserError("--layers cuts a random model, not a checkpoint")
         load = prompting.load_workdir if HF_DIR.value is None else prompting.load_hf
-        speaker = load(pathlib.Path(paths[0]), dtype=DTYPE.value)
+        speaker = load(pathlib.Path(paths[0]), dtype=cli.FLAGS.dtype)
         return speaker.model, lambda: speaker.params, speaker.valid_vocab
     resolved = setup.resolve(config)
-    model = dataclasses.replace(resolved.model, dtype=DTYPE.value or resolved.model.dtype)
-    layers = LAYERS.value
+    model = dataclasses.replace(resolved.model, dtype=cli.FLAGS.dtype or resolved.model.dtype)
+    layers = cli.FLAGS.layers
     if layers == 0:
         tokens = max(options.batch_sizes) * (max(options.contexts) + options.draws)
         memory = _memory()
@@ -167,12 +140,7 @@ def _plan(config: TokenSelectConfig, options: benchmark.Options, model: ModelCon
 
 def _record(config: TokenSelectConfig) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Completes a row and keeps it."""
-    workdir = None
-    if WORKDIR.value is not None:
-        workdir = Workdir(WORKDIR.value)
-        workdir.create(config)
-        if not (workdir.path / "config.json").exists():  # a run keeps its own
-            workdir.record(config)
+    workdir = shared.kept(config)
     about = {
         "checkpoint": CHECKPOINT.value or HF_DIR.value or "random",
         "device": jax.devices()[0].device_kind,
@@ -180,8 +148,8 @@ def _record(config: TokenSelectConfig) -> Callable[[dict[str, Any]], dict[str, A
 
     def record(row: dict[str, Any]) -> dict[str, Any]:
         row = row | about
-        if PRICE.value is not None and row.get("tokens_per_s"):
-            row["cost_per_million_tokens"] = PRICE.value / 3600 * 1e6 / row["tokens_per_s"]
+        if cli.FLAGS.chip_price is not None and row.get("tokens_per_s"):
+            row["cost_per_million_tokens"] = cli.FLAGS.chip_price / 3600 * 1e6 / row["tokens_per_s"]
         if workdir is not None:
             workdir.append("benchmark.jsonl", row)
         return row

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.long_context import flags as shared
 from lm.config import SamplingConfig
 from lm.errors import UserError
 from lm.generate import Generation
@@ -32,37 +33,28 @@ from lm.long_context.decode import Statistics
 from lm.long_context.policy import Dense, Policy
 from lm.token_select import speaking
 from lm.token_select.config import TokenSelectConfig
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False, required=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
 HF_DIR = flags.DEFINE_string("hf_dir", None, "Hugging Face directory")
-PROMPT = flags.DEFINE_string("prompt", None, "the prompt")
-PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "a file that is the prompt")
-CHAT = flags.DEFINE_bool("chat", None, "through the chat template (default: if there is one)")
 CAPACITY = flags.DEFINE_integer("capacity", None, "context in tokens", lower_bound=1)
 DENSE = flags.DEFINE_bool("dense", True, "also read everything, to compare")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token")
 TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many tokens only; 0: all")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the most likely tokens that have this mass")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most")
-SEED = flags.DEFINE_integer("seed", 0, "of the draws")
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
-)
+shared.define_prompt()
+shared.define_running()
 
 
 def main() -> dict[str, Any]:
-    text = _text()
+    text = shared.text()
     if (CHECKPOINT.value is None) == (HF_DIR.value is None):
         raise UserError("pass one of --hf_dir and --checkpoint")
     path = pathlib.Path(HF_DIR.value if CHECKPOINT.value is None else CHECKPOINT.value)
     select = None if cli.FLAGS.config is None else cli.config(TokenSelectConfig).select
-    loaded = speaking.load(path, select, dtype=DTYPE.value)
-    prompt = loaded.speaker.prompt(text, chat=CHAT.value)
+    loaded = speaking.load(path, select, dtype=cli.FLAGS.dtype)
+    prompt = loaded.speaker.prompt(text, chat=cli.FLAGS.chat)
     (made, statistics), seconds = _timed(loaded, prompt)
     written = loaded.speaker.tokenizer.decode(made.tokens)
     print(written, flush=True)
@@ -90,18 +82,6 @@ def main() -> dict[str, Any]:
     return result
 
 
-def _text() -> str:
-    if (PROMPT.value is None) == (PROMPT_FILE.value is None):
-        raise UserError("pass one of --prompt and --prompt_file")
-    if PROMPT.value is not None:
-        return PROMPT.value
-    try:
-        return pathlib.Path(PROMPT_FILE.value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{PROMPT_FILE.value}: {reason}") from None
-
-
 def _timed(
     loaded: speaking.Selective, prompt: np.ndarray
 ) -> tuple[tuple[Generation, Statistics], float]:
@@ -112,8 +92,8 @@ def _timed(
         stream = loaded.stream(
             [prompt],
             sampling,
-            jax.random.key(SEED.value),
-            implementation=IMPLEMENTATION.value,
+            jax.random.key(cli.FLAGS.seed),
+            implementation=cli.FLAGS.implementation,
             capacity=CAPACITY.value,
             chunk=sampling.max_new_tokens,
         )

@@ -19,11 +19,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
-from lm.long_context import evaluate
+from experiments.long_context import flags as shared
 from lm.token_select import tune
 from lm.token_select.config import TokenSelectConfig
 from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 DEFAULTS = tune.Options()
 
@@ -34,20 +33,7 @@ KS = flags.DEFINE_list("ks", [], "default: shares of the context, from a 64th to
 N_LOCALS = flags.DEFINE_list("n_locals", [], "default: the config's and half of it")
 POOLS = flags.DEFINE_list("pools", [str(x) for x in DEFAULTS.pools], "0: none")
 THETAS = flags.DEFINE_list("thetas", [str(x) for x in DEFAULTS.thetas], "empty: no reuse")
-TASKS = flags.DEFINE_list("tasks", [], "default: tasks.names of the config")
-LENGTHS = flags.DEFINE_list("lengths", [], "tokens of a context (default: tasks.eval_lengths)")
-SAMPLES = flags.DEFINE_integer("samples", 0, "of each task and length (default: eval_samples)")
-DATA = flags.DEFINE_string("data", "", "prompts in place of tasks: JSONL, or a line each")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "with --data")
-CAPACITY = flags.DEFINE_integer("capacity", None, "context in tokens, with --data", lower_bound=1)
-CHAT = flags.DEFINE_bool("chat", None, "through the chat template (default: as evaluate)")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts at once")
-DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
-)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+shared.define_questions()
 
 
 def main() -> dict[str, Any]:
@@ -57,18 +43,7 @@ def main() -> dict[str, Any]:
         n_locals=cli.numbers("n_locals", N_LOCALS.value),
         pools=cli.numbers("pools", POOLS.value),
         thetas=cli.numbers("thetas", THETAS.value, float),
-        data=evaluate.Options(
-            tasks=tuple(TASKS.value),
-            lengths=cli.numbers("lengths", LENGTHS.value),
-            samples=SAMPLES.value,
-            data=DATA.value,
-            max_new_tokens=MAX_NEW_TOKENS.value,
-            capacity=CAPACITY.value,
-            chat=CHAT.value,
-            batch_size=BATCH_SIZE.value,
-            dtype=DTYPE.value,
-            implementation=IMPLEMENTATION.value,
-        ),
+        data=shared.options(),
     )
     workdir = Workdir(cli.FLAGS.workdir)
     path = pathlib.Path(CHECKPOINT.value)

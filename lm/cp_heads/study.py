@@ -22,18 +22,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import generate, hardware, losses, setup, train
-from lm.cp_heads import baselines, checkpoints, evaluate, figures, stages, together, training
+from lm import generate, hardware, losses, setup, stages, train
+from lm.cp_heads import baselines, checkpoints, evaluate, figures, together, training
 from lm.cp_heads import study_decode as decoding
 from lm.cp_heads.baselines import Hydra
 from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import HeadConfig
-from lm.cp_heads.stages import Clock
 from lm.cp_heads.study_decode import Trained
 from lm.data import packing
 from lm.errors import UserError
 from lm.flops import training_flops
 from lm.progress import say
+from lm.stages import Clock
 from lm.transformer import Params
 from lm.workdir import Workdir, environment
 

@@ -24,9 +24,10 @@ class PromptSettings:
     weighted: bool = True  # queries count from 0, the oldest, to 1
     reduce: str = "max"  # over the window's queries: "max", or "mean" (then "max" over heads)
     positions: str = "packed"  # the target counts kept tokens, or keeps their "true" positions
+    chunk: int = 32  # of SpecPrefill, in tokens, which keeps as many whole ones as a budget holds
 
     def __post_init__(self):
-        for name in ("budget", "window", "kernel", "neighbors"):
+        for name in ("budget", "window", "kernel", "neighbors", "chunk"):
             require_positive(f"draft.prompt.{name}", getattr(self, name))
         if self.lookahead is not None:
             require_positive("draft.prompt.lookahead", self.lookahead)

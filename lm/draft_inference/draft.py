@@ -3,7 +3,7 @@
 
 One forward pass over the prompts and one jitted loop give both: the draft's tokens, from its own
 dense cache, and the importance that a `Watch` makes of its attention on the way. Nothing of the
-draft's cache stays.
+draft's cache stays, unless it is to go on drafting.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from lm.long_context.program import Program, Request
 from lm.sharding import Sharding
 from lm.transformer import Params
 
-_OWN = 2**31 - 1  # folded into the key: a draft's draws are not the target's
+OWN = 2**31 - 1  # folded into the key: a draft's draws are not the target's
 
 
 class Lookahead(NamedTuple):
@@ -33,6 +33,15 @@ class Lookahead(NamedTuple):
     tokens: jax.Array  # [B, L] int32, anything from counts on
     counts: jax.Array  # [B] int32: an end of text is one of them
     importance: jax.Array | None  # [B, P] float32, at least 0; 0 beyond a prompt
+    cache: contexts.Cache | None = None  # of prompts and all drafted tokens but the last
+
+
+class Writer(NamedTuple):
+    """A model that can go on drafting from its cache."""
+
+    model: ModelConfig
+    params: Params  # maybe with more layers than the model's
+    valid_vocab: int | None
 
 
 class Drafter(Protocol):
@@ -45,7 +54,13 @@ class Drafter(Protocol):
         """Layers that it has."""
 
     def look(
-        self, program: Program, params: Params, request: Request, tokens: int, watch: Watch | None
+        self,
+        program: Program,
+        params: Params,
+        request: Request,
+        tokens: int,
+        watch: Watch | None,
+        room: int = 0,
     ) -> Lookahead:
         """Drafts at most `tokens` tokens after every prompt.
 
@@ -53,7 +68,11 @@ class Drafter(Protocol):
           program, params: of the target.
           request: prompts [B, P], without room for extra rows.
           watch: which of its attention becomes `importance`; None: none.
+          room: the cache stays, with slots for so many tokens behind a prompt; 0: it does not.
         """
+
+    def writer(self, program: Program, params: Params) -> Writer | None:
+        """What goes on drafting from that cache; None: nothing can, and `room` is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +86,7 @@ class _Looking:
     sharding: Sharding | None
     implementation: str | None
     valid_vocab: int | None
+    room: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -104,8 +124,18 @@ class Draft:
         if self.tokenizer and self.tokenizer != fingerprint:
             raise UserError("draft and target have different tokenizers: their tokens differ")
 
+    def writer(self, program: Program, params: Params) -> Writer:
+        del params
+        return Writer(self.model, self._placed(program.sharding), self.valid_vocab)
+
     def look(
-        self, program: Program, params: Params, request: Request, tokens: int, watch: Watch | None
+        self,
+        program: Program,
+        params: Params,
+        request: Request,
+        tokens: int,
+        watch: Watch | None,
+        room: int = 0,
     ) -> Lookahead:
         del params
         real = program.valid_vocab or program.model.vocab_size
@@ -115,9 +145,10 @@ class Draft:
                 "they must have one vocabulary"
             )
         longest = int(np.asarray(request.lengths).max())
-        if self.positions is not None and longest + tokens > self.positions:
+        drafted = max(tokens, room)
+        if self.positions is not None and longest + drafted > self.positions:
             raise UserError(
-                f"a prompt of {longest} tokens and {tokens} drafted ones are beyond the "
+                f"a prompt of {longest} tokens and {drafted} drafted ones are beyond the "
                 f"{self.positions} positions of the draft"
             )
         return looked(
@@ -128,6 +159,7 @@ class Draft:
             tokens,
             watch,
             valid_vocab=self.valid_vocab,
+            room=room,
         )
 
     def _placed(self, sharding: Sharding | None) -> Params:
@@ -155,13 +187,21 @@ class FirstLayers:
         del target
         return self.layers
 
-    def look(
-        self, program: Program, params: Params, request: Request, tokens: int, watch: Watch | None
-    ) -> Lookahead:
+    def writer(self, program: Program, params: Params) -> Writer:
         model = dataclasses.replace(program.model, num_layers=self.layers)
-        return looked(
-            program, model, params, request, tokens, watch, valid_vocab=program.valid_vocab
-        )
+        return Writer(model, params, program.valid_vocab)
+
+    def look(
+        self,
+        program: Program,
+        params: Params,
+        request: Request,
+        tokens: int,
+        watch: Watch | None,
+        room: int = 0,
+    ) -> Lookahead:
+        model, _, valid = self.writer(program, params)
+        return looked(program, model, params, request, tokens, watch, valid_vocab=valid, room=room)
 
 
 def load(path: str | pathlib.Path, *, dtype: str | None = None) -> Draft:
@@ -196,6 +236,7 @@ def looked(
     watch: Watch | None,
     *,
     valid_vocab: int | None,
+    room: int = 0,
 ) -> Lookahead:
     """What a model with these parameters drafts, drawn as the target draws; of `params` only the
     model's first layers are read. One program for all prompts of a bucket."""
@@ -207,6 +248,7 @@ def looked(
         program.sharding,
         program.implementation,
         valid_vocab,
+        room,
     )
     arguments = request.tokens, request.lengths, request.indices, request.stop_ids, request.key
     return _look(static, params, *arguments)
@@ -228,8 +270,8 @@ class _State(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _look(static: _Looking, params, tokens, lengths, indices, stop_ids, key) -> Lookahead:
     model, watch, count = static.model, static.watch, static.tokens
-    params = {**params, "layers": jax.tree.map(lambda x: x[: model.num_layers], params["layers"])}
-    keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, _OWN), index))(indices)
+    params = first_layers(model, params)
+    keys = jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, OWN), index))(indices)
 
     def drawn(states: jax.Array, state: _State) -> _State:
         logits = transformer.logits(model, params, states)
@@ -260,13 +302,19 @@ def _look(static: _Looking, params, tokens, lengths, indices, stop_ids, key) -> 
     found = state.tokens, state.counts, seen
     if static.sharding is not None:
         found = tuple(static.sharding.constrain(x, *[None] * x.ndim) for x in found)
-    return Lookahead(found[0], found[1], None if watch is None else found[2])
+    cache = state.cache if static.room else None
+    return Lookahead(found[0], found[1], None if watch is None else found[2], cache)
+
+
+def first_layers(model: ModelConfig, params: Params) -> Params:
+    """The parameters of a model's own layers, of those of a deeper one."""
+    return {**params, "layers": jax.tree.map(lambda x: x[: model.num_layers], params["layers"])}
 
 
 def _start(static: _Looking, params, tokens, lengths) -> tuple[jax.Array, _State]:
     """States [B, D] of the prompts' last tokens, and the loop's state before the first draw."""
     (B, P), count = tokens.shape, static.tokens
-    slots = -(-(P + count) // 64) * 64
+    slots = -(-(P + max(count, static.room)) // 64) * 64
     cache = contexts.Cache.empty(static.model, B, slots)
     context = contexts.Prefill(cache, lengths, static.sharding, static.implementation)
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None], (B, P))

@@ -3,12 +3,12 @@
 of target and draft; who is above whom; and how good the draft is.
 
 Rows are measured, kept and skipped as in `lm.long_context.evaluate`, in the folder that is named or
-in the target's run.
+in the target's run; a pair answers for a method on all tasks before the next method has its turn.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ from lm.draft_inference.config import DraftConfig
 from lm.draft_inference.draft import Drafter, FirstLayers
 from lm.draft_inference.methods import Methods
 from lm.errors import UserError
-from lm.long_context import evaluate
-from lm.long_context.evaluate import Budget, Cell, Judge
+from lm.long_context import asking, evaluate
+from lm.long_context import judge as judges
+from lm.long_context.judge import ROWS, Cell, Found, Judge
 from lm.long_context.methods import DENSE
+from lm.long_context.options import QUESTIONS, Budget, Options
 from lm.progress import Progress, say
+from lm.stages import UNLIMITED, Clock
 from lm.workdir import Workdir
 
 # the paper's methods and those it is compared with, other baselines, what it does not have
@@ -48,9 +51,6 @@ ORDER = (
 USUAL = (*ORDER[:8], ORDER[-1])
 _BEYOND = {"speckv_pc": "speckv", "specpc": "spec_prefill", "ada_speckv": "speckv"}
 _SHOWN = ("method", "budget", "task", "length", "questions", "accuracy", "ci95", "agreement")
-_FILE = "eval.jsonl"  # with the rows of methods
-
-Found = Mapping[tuple[str, int | None], tuple[dict[str, Any], dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def opened(
     config: DraftConfig,
     target: pathlib.Path,
     path: str,
-    options: evaluate.Options,
+    options: Options,
     workdir: Workdir | None = None,
 ) -> Pair:
     """A target with its draft: a workdir or a Hugging Face directory each.
@@ -86,7 +86,7 @@ def opened(
     if settings.path:
         loaded = drafter = draft.load(settings.path, dtype=options.dtype)
     methods = Methods(settings, loaded)
-    judge = evaluate.opened(config, methods, target, options, workdir)
+    judge = judges.opened(config, methods, target, options, workdir)
     if loaded is not None:
         loaded.check_tokenizer(judge.speaker.tokenizer.fingerprint)
     if drafter is not None:
@@ -98,7 +98,7 @@ def _tuned(
     config: DraftConfig,
     target: pathlib.Path,
     path: str,
-    options: evaluate.Options,
+    options: Options,
     workdir: Workdir | None,
 ) -> Pair:
     """With the settings of `tune` and its draft. Raises UserError where another is named."""
@@ -116,7 +116,7 @@ def run(
     config: DraftConfig,
     targets: Sequence[pathlib.Path],
     drafts: Sequence[str],
-    options: evaluate.Options,
+    options: Options,
     workdir: Workdir | None = None,
 ) -> dict[str, Any]:
     """Measures what is not in the workdir yet, and compares.
@@ -124,29 +124,41 @@ def run(
     Args:
       targets, drafts: trained pairs, side by side; a single draft is that of all targets.
 
+    Returns as `judged`. Raises UserError and DataError.
+    """
+    if len(drafts) not in (1, len(targets)):
+        raise UserError(f"{len(drafts)} drafts for {len(targets)} targets: one each, or one")
+    drafts = list(drafts) * (len(targets) if len(drafts) == 1 else 1)
+    pairs = [
+        opened(config, target, path, options, workdir)
+        for target, path in zip(targets, drafts, strict=True)
+    ]
+    return judged(config, pairs, options)
+
+
+def judged(
+    config: DraftConfig, pairs: Sequence[Pair], options: Options, clock: Clock = UNLIMITED
+) -> dict[str, Any]:
+    """Measures what is not there yet, and compares.
+
+    Without `options.methods` the usual ones take their turns, in their order, where all budgets
+    leave room for them.
+
     Returns:
       `rows` in the order of `ORDER`; `comparisons`, a row of `comparison.compare` for every budget
       and way of asking: SpecKV against each other method, SpecKV-PC against SpecKV, SpecPC against
       SpecPrefill; `draft`, rows of `fidelity.row`; and of the first method (dense aside) at the
       first budget the means `accuracy` and `agreement`.
 
-    Raises UserError and DataError.
+    Raises UserError, DataError, and OutOfTime between two rows.
     """
-    if len(drafts) not in (1, len(targets)):
-        raise UserError(f"{len(drafts)} drafts for {len(targets)} targets: one each, or one")
-    named = bool(options.methods)
-    if not named:
-        options = dataclasses.replace(options, methods=USUAL)
-    drafts = list(drafts) * (len(targets) if len(drafts) == 1 else 1)
-    pairs = [
-        opened(config, target, path, options, workdir)
-        for target, path in zip(targets, drafts, strict=True)
-    ]
     budgets = options.budgets or (str(pairs[0].judge.methods.budget),)
     budgets = tuple(map(Budget.parse, budgets))
     cells = [list(pair.judge.cells()) for pair in pairs]
-    for pair, own in zip(pairs, cells, strict=True) if not named else ():
-        pair.judge.names = _possible(pair.judge, own, budgets)
+    if not options.methods:
+        for pair, own in zip(pairs, cells, strict=True):
+            pair.judge.names = USUAL
+            pair.judge.names = _possible(pair.judge, own, budgets)
     plans = [
         [pair.judge.plan(cell, budgets) for cell in own]
         for pair, own in zip(pairs, cells, strict=True)
@@ -155,26 +167,23 @@ def run(
     for pair, own, planned in zip(pairs, cells, plans, strict=True):
         if len(pairs) > 1:
             say(f"{pair.judge.checkpoint} with {pair.draft or 'no draft'}")
-        measured = []
-        for cell, plan in zip(own, planned, strict=True):
-            missing = pair.judge.missing(plan)
-            measured.append(pair.judge.measure(cell, plan, cell.make() if missing else None))
-        found.append(measured)
-        quality += _fidelity(pair, own, budgets, config)
+        found.append(evaluate.measured(pair.judge, own, planned, clock))
+    for pair, own in zip(pairs, cells, strict=True):
+        quality += _fidelity(pair, own, budgets, config, clock)
     rows = _rows(found)
     say("\n" + tables.text(tables.table(rows, columns=_SHOWN)))
     compared = comparisons(pairs, budgets, cells, found)
-    kept = pairs[0].judge.workdir
-    for row in compared if kept is not None else ():
-        # of all that was compared last: a later one with this key takes its place
+    _keep(compared, pairs[0].judge.workdir)
+    means = _means(pairs[0], budgets[0], cells[0], found[0])
+    return {"rows": rows, "comparisons": compared, "draft": quality, **means}
+
+
+def _keep(compared: Sequence[dict[str, Any]], workdir: Workdir | None) -> None:
+    """Appends comparisons, of all that was compared last: a later one takes the place of one with
+    the same key."""
+    for row in compared if workdir is not None else ():
         key = "{method} {against} {budget} {questions}".format_map(row)
-        kept.append(_FILE, row | {"key": key})
-    return {
-        "rows": rows,
-        "comparisons": compared,
-        "draft": quality,
-        **_means(pairs[0], budgets[0], cells[0], found[0]),
-    }
+        workdir.append(ROWS, row | {"key": key})
 
 
 def _possible(judge: Judge, cells: Sequence[Cell], budgets: Sequence[Budget]) -> tuple[str, ...]:
@@ -224,7 +233,7 @@ def comparisons(
             for first, last in wanted:
                 made = _scores(pairs, budget, cells, found, agnostic, (first, last, DENSE))
                 about = {"kind": "comparison", "budget": budget.text, "method": first}
-                about |= {"against": last, "questions": evaluate.QUESTIONS[agnostic]}
+                about |= {"against": last, "questions": QUESTIONS[agnostic]}
                 out.append(about | comparison.compare(made))
     return out
 
@@ -246,7 +255,11 @@ def _scores(pairs, budget, cells, found, agnostic, names) -> dict[str, compariso
 
 
 def _fidelity(
-    pair: Pair, cells: Sequence[Cell], budgets: Sequence[Budget], config: DraftConfig
+    pair: Pair,
+    cells: Sequence[Cell],
+    budgets: Sequence[Budget],
+    config: DraftConfig,
+    clock: Clock,
 ) -> list[dict[str, Any]]:
     """How good the draft is, at the first budget; nothing without one. Finished rows are kept."""
     if pair.drafter is None:
@@ -254,13 +267,14 @@ def _fidelity(
     judge, rows = pair.judge, []
     workdir, kept = judge.workdir, {}
     if workdir is not None:
-        kept = {row["key"]: row for row in workdir.rows(_FILE) if row.get("kind") == "draft"}
+        kept = {row["key"]: row for row in workdir.rows(ROWS) if row.get("kind") == "draft"}
     asked = [cell for cell in cells if not cell.agnostic]
     with Progress("draft", len(asked)) as progress:
         for cell in asked:
             budget = budgets[0].total(judge.methods, cell.length)
             key = _key(pair, cell, budget, config)
             if key not in kept:
+                clock.check()
                 questions, options = cell.make(), judge.options
                 made = fidelity.measure(
                     judge.speaker,
@@ -275,7 +289,7 @@ def _fidelity(
                 row |= {"draft": pair.draft, "checkpoint": judge.checkpoint, "key": key}
                 kept[key] = row
                 if workdir is not None:
-                    workdir.append(_FILE, row)
+                    workdir.append(ROWS, row)
             rows.append(kept[key])
             progress.advance()
     return rows
@@ -285,7 +299,7 @@ def _key(pair: Pair, cell: Cell, budget: int, config: DraftConfig) -> str:
     judge = pair.judge
     parts = [cell.name, cell.length, cell.seed, cell.count, cell.about, judge.chat, budget]
     settings = repr((pair.drafter, config.draft.prompt, judge.speaker.model.dtype))
-    return evaluate.asking.fingerprint([parts, settings, judge.hashes])
+    return asking.fingerprint([parts, settings, judge.hashes])
 
 
 def _means(

@@ -31,9 +31,20 @@ class OwnDraft:
     def depth(self, target: ModelConfig) -> int:
         return target.num_layers
 
+    def writer(self, program: Program, params: Params) -> None:
+        del program, params  # what it drafted from is gone
+
     def look(
-        self, program: Program, params: Params, request: Request, tokens: int, watch: Watch | None
+        self,
+        program: Program,
+        params: Params,
+        request: Request,
+        tokens: int,
+        watch: Watch | None,
+        room: int = 0,
     ) -> Lookahead:
+        if room:
+            raise UserError("LAQ++ drafts once")
         if watch is not None or tokens < 1:
             raise UserError("LAQ++ drafts at least one token, and nothing is seen of its attention")
         kept = min(self.policy.budget, request.tokens.shape[1])

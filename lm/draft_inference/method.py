@@ -86,8 +86,11 @@ class Drafted(Method):
     def ahead(self, program: Program, params: Params, request: Request) -> Request:
         return self.look(program, params, request).request
 
-    def look(self, program: Program, params: Params, request: Request) -> Found:
-        """Runs the draft. Raises UserError for rows that a caller put behind the prompts."""
+    def look(self, program: Program, params: Params, request: Request, room: int = 0) -> Found:
+        """Runs the draft. Raises UserError for rows that a caller put behind the prompts.
+
+        room: see `Drafter.look`.
+        """
         if request.rows is not None:
             raise UserError("a method with a draft makes the rows behind a prompt itself")
         extra = program.policy.extra
@@ -101,7 +104,7 @@ class Drafted(Method):
                 voting = tokens or program.sampling.max_new_tokens
             # a token that votes is one that was fed back, after which another is drawn
             tokens = max(tokens, voting if voting > 1 else 0)
-        seen = self.drafter.look(program, params, whole, tokens, watch)
+        seen = self.drafter.look(program, params, whole, tokens, watch, room)
         chosen = None
         if self.compressor is not None:
             whole, chosen = compression.compress(self.compressor, whole, seen.importance, extra)

@@ -74,7 +74,7 @@ class Methods(methods.Methods):
         if name == "specpc":
             return Drafted(self._drafter(name), Everything(budget), self._specpc(budget))
         if name == "spec_prefill":
-            compressor = SpecPrefill(budget)
+            compressor = SpecPrefill(budget, chunk=settings.prompt.chunk)
             return Drafted(self._drafter(name), Everything(budget), compressor)
         keeps, compressor = self._speckv(budget), None
         if name == "ada_speckv":
@@ -102,4 +102,5 @@ class Methods(methods.Methods):
 
     def _specpc(self, budget: int) -> SpecPC:
         fields = dataclasses.asdict(self.settings.prompt)
+        del fields["chunk"]
         return SpecPC(**fields | {"budget": budget})

@@ -18,7 +18,9 @@ from lm.draft_inference.config import DraftConfig, DraftSettings
 from lm.draft_inference.draft import Draft
 from lm.draft_inference.methods import Methods
 from lm.errors import UserError
-from lm.long_context import evaluate, trials
+from lm.long_context import judge as judges
+from lm.long_context import trials
+from lm.long_context.options import Options as Asked
 from lm.long_context.policy import Method
 from lm.workdir import Workdir
 
@@ -43,7 +45,7 @@ class Options:
     budgets: tuple[int, ...] = ()
     windows: tuple[int, ...] = ()
     kernels: tuple[int, ...] = ()
-    data: evaluate.Options = evaluate.Options()
+    data: Asked = Asked()
 
     def __post_init__(self):
         if not 0 < self.target <= 1:
@@ -64,7 +66,7 @@ def run(
 
     Raises UserError, DataError and RunError.
     """
-    judge = evaluate.opened(config, Methods(config.draft), target, options.data)
+    judge = judges.opened(config, Methods(config.draft), target, options.data)
     fingerprint = judge.speaker.tokenizer.fingerprint
     loaded: dict[str, Draft] = {}
     for path in options.drafts or filter(None, (config.draft.path,)):

@@ -63,6 +63,7 @@ def of_task(
     chat: bool = False,
     essay: tuple[str, ...] = (),
     apart: bool = False,
+    new_tokens: int = 0,
 ) -> Questions:
     """Samples of a task as prompts.
 
@@ -71,12 +72,19 @@ def of_task(
       chat: through the speaker's template, the beginning of the answer after the assistant's
         header; otherwise as plain text.
       apart: context and question are encoded each by itself, and `contexts` says where they meet.
+      new_tokens: that an answer may take; 0: as many as the task says, which is the least.
 
-    Raises UserError: a length below the task's smallest form, an essay that is missing.
+    Raises UserError: fewer new tokens than the task's, a length below its smallest form, an essay
+    that is missing.
     """
     spent = 0
     if chat:
         spent = len(encode(speaker, "x", "", True)) - len(speaker.tokenizer.encode("x")) + _SLACK
+    if 0 < new_tokens < task.new_tokens:
+        raise UserError(
+            f"tasks.eval_tokens={new_tokens}: an answer of {task.name} takes {task.new_tokens}"
+        )
+    spent += max(new_tokens - task.new_tokens, 0)
     essay = () if task.essay == "no" else essay
     made = samples.samples(task, length - spent, count, seed, speaker.tokenizer, essay)
     if apart:
@@ -88,7 +96,7 @@ def of_task(
     found = Questions(
         task.name,
         length,
-        task.new_tokens,
+        new_tokens or task.new_tokens,
         prompts,
         tuple(x.outputs for x in made),
         task.score,

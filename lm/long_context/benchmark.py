@@ -29,6 +29,7 @@ from lm.long_context.methods import DENSE, Methods
 from lm.long_context.policy import Method
 from lm.long_context.program import Held, Program
 from lm.progress import Progress, say
+from ops import dispatch
 
 Row = dict[str, Any]
 SLACK = 0.1  # of the memory, for what steps make on the way
@@ -131,7 +132,8 @@ def benchmark(
 ) -> Iterator[Row]:
     """Rows as they come, one per context, batch size and method; `over_dense` is how many times as
     fast as dense a step is and `agreement` how far the text is its own, where dense was measured;
-    `cache_bytes` are of keys and values while decoding. Raises UserError."""
+    `cache_bytes` are of keys and values while decoding; `implementations` are those that each op
+    has been traced with so far. Raises UserError."""
     policies = options.policies(model, methods)
     cells = [(n, b) for n in options.contexts for b in options.batch_sizes]
     with Progress("benchmark", len(cells)) as progress:
@@ -144,12 +146,14 @@ def benchmark(
                 for run in runs:
                     run.once()
             rows = [run.row() for run in runs]
+            ops = dispatch.served()
             dense = {row["method"]: row["tpot_ms_p50"] for row in rows}.get(DENSE)
             wanted = next((run.tokens for run in runs if run.name == DENSE), None)
             for run, row in zip(runs, rows, strict=True):
                 mine = row["tpot_ms_p50"]
                 row["over_dense"] = dense / mine if dense and mine else None
                 row["agreement"] = None if dense is None or run.failed else _same(run, wanted)
+                row["implementations"] = ops
                 say(_line(row))
                 yield row
             progress.advance()

@@ -159,15 +159,16 @@ def dense_attention(
     q comes as the keys lie: rotated for "write"; for "read" it is rotated here and so is a copy of
     one layer's keys, which costs as much memory as they do.
     """
-    T = q.shape[1]
-    k, v = (one_layer(x, layer) for x in buffers[:2])
+    T, slots = q.shape[1], buffers.k.shape[2]
+    k, v, stacked = *buffers[:2], layer
     if rope == "read":
+        k, v, stacked = *(one_layer(x, layer) for x in (k, v)), None
         rows = starts[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
         q = layers.apply_rope(q, layers.rope_table(config, rows))
-        slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-        k = layers.apply_rope(k, layers.rope_table(config, slots))
-    lengths = jnp.minimum(starts + T, k.shape[1])
-    return cached_attention(q, k, v, lengths=lengths, implementation=implementation)
+        places = jnp.arange(slots, dtype=jnp.int32)[None]
+        k = layers.apply_rope(k, layers.rope_table(config, places))
+    lengths = jnp.minimum(starts + T, slots)
+    return cached_attention(q, k, v, lengths=lengths, layer=stacked, implementation=implementation)
 
 
 def one_layer(whole: jax.Array, layer: jax.Array) -> jax.Array:

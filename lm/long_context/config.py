@@ -25,6 +25,7 @@ class TasksConfig:
     haystack: str = ""  # a text file: the essay that some tasks hide their needles in
     eval_lengths: tuple[int, ...] = (512,)  # tokens, those to generate included
     eval_samples: int = 50  # per task and length
+    eval_tokens: int = 0  # of an answer, for all tasks: methods compile once; 0: each task's own
 
     def __post_init__(self):
         if not self.names:
@@ -42,6 +43,8 @@ class TasksConfig:
         for length in self.eval_lengths:
             require_positive("tasks.eval_lengths", length)
         require_positive("tasks.eval_samples", self.eval_samples)
+        if self.eval_tokens < 0:
+            raise UserError(f"tasks.eval_tokens={self.eval_tokens} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,16 @@ def first_number(prediction: str, outputs: Sequence[str]) -> float:
     return float(found is not None and float(found.group()) == float(outputs[0]))
 
 
+def leading_integers(prediction: str, outputs: Sequence[str]) -> float:
+    """Math.Calc: the share of the values that were given before the first wrong one."""
+    right = 0
+    for found, wanted in zip(_INTEGER.findall(prediction), outputs, strict=False):
+        if int(found) != int(wanted):
+            break
+        right += 1
+    return right / len(outputs)
+
+
 def last_integer(prediction: str, outputs: Sequence[str]) -> float:
     """Code.Run: the last word is the integer."""
     words = _spaced(prediction, "\n.`'\":").split()

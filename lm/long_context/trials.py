@@ -7,8 +7,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from lm.long_context import asking, evaluate, quality
+from lm.long_context import asking, quality
 from lm.long_context.asking import Answers, Questions
+from lm.long_context.judge import Judge
 from lm.long_context.methods import DENSE
 from lm.long_context.policy import Method
 from lm.progress import Progress, say
@@ -21,7 +22,7 @@ class Trial(Generic[S]):
 
     def __init__(
         self,
-        judge: evaluate.Judge,
+        judge: Judge,
         questions: Sequence[Questions],
         method: str,  # as rows call it
         about: Callable[[S], Mapping[str, Any]],  # what a row says of settings: numbers, names

@@ -15,7 +15,9 @@ from typing import Any
 from lm import tuned
 from lm.config import require_positive
 from lm.errors import UserError
-from lm.long_context import evaluate, trials
+from lm.long_context import judge as judges
+from lm.long_context import trials
+from lm.long_context.options import Options as Asked
 from lm.token_select import choice
 from lm.token_select.config import SelectConfig, TokenSelectConfig
 from lm.token_select.method import TokenSelect
@@ -40,7 +42,7 @@ class Options:
     n_locals: tuple[int, ...] = ()
     pools: tuple[int, ...] = (0, 5)
     thetas: tuple[float, ...] = (0.9, 0.95)
-    data: evaluate.Options = evaluate.Options()
+    data: Asked = Asked()
 
     def __post_init__(self):
         if not 0 < self.target <= 1:
@@ -65,7 +67,7 @@ def run(
 
     Raises UserError, DataError and RunError.
     """
-    judge = evaluate.opened(config, Methods(config.select), path, options.data)
+    judge = judges.opened(config, Methods(config.select), path, options.data)
     cells = list(judge.cells())
     shortest = min(cell.length for cell in cells)
     candidates = settings(judge.methods.select, options, shortest)

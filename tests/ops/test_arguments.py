@@ -61,14 +61,16 @@ def log_prob_changes():
 
 
 def cache_arguments():
-    q, k, v = arrays(0, (2, 3, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8))
-    return {"q": q, "k": k, "v": v, "lengths": jnp.array([10, 5], jnp.int32)}
+    """The second of two layers."""
+    q, k, v = arrays(0, (2, 3, 4, 8), (2, 2, 10, 2, 8), (2, 2, 10, 2, 8))
+    lengths = jnp.array([10, 5], jnp.int32)
+    return {"q": q, "k": k, "v": v, "lengths": lengths, "layer": jnp.int32(1)}
 
 
 def cache_changes():
-    q, k, v = arrays(1, (2, 3, 4, 8), (2, 10, 2, 8), (2, 10, 2, 8))
+    q, k, v = arrays(1, (2, 3, 4, 8), (2, 2, 10, 2, 8), (2, 2, 10, 2, 8))
     yield from (("q", q), ("k", k), ("v", v), ("lengths", jnp.array([9, 5], jnp.int32)))
-    yield from (("scale", 1.5), ("return_lse", True))
+    yield from (("layer", jnp.int32(0)), ("scale", 1.5), ("return_lse", True))
 
 
 def importance_arguments():

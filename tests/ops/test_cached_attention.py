@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """cached_attention: the reference against loops, every implementation against the reference."""
 
+import functools
 from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ops import _cached_attention_xla, dispatch
+from ops import (
+    _cached_attention_masked,
+    _cached_attention_xla,
+    _masked_attention_xla,
+    dispatch,
+)
 from ops.cached_attention import cached_attention
 from tests.ops.op_cases import arrays, attention_by_loops, jit
 from tests.ops.op_tolerances import assert_close
@@ -74,6 +80,29 @@ def test_half_precision(implementation, dtype, monkeypatch):
     out, lse = run(implementation, 8, q.astype(jnp.float32), k, v, jnp.asarray(lengths))
     assert out.dtype == "float32"
     assert_close((out, lse), expected, "float32")
+
+
+def test_chunks_are_rows_of_masked_attention():
+    """What GPUs run, with XLA's attention in place of their kernels: the second sequence is shorter
+    than the chunk, the last one is empty. Single steps are left to others."""
+    q, k, v = problem(3, 64, 100, 4, 2, 16)
+    lengths = jnp.array([100, 40, 0], jnp.int32)
+    chunk = functools.partial(
+        _cached_attention_masked.served, "xla", _masked_attention_xla.masked_attention
+    )
+    stacked = q, k[None], v[None], lengths, jnp.int32(0)
+    actual = jit(lambda *x: chunk(*x, scale=0.25))(*stacked)
+    assert_close(actual, run("reference", None, q, k, v, lengths), "float32")
+    with pytest.raises(dispatch.Unsupported, match="64 new tokens and more, not 63"):
+        chunk(q[:, 1:], *stacked[1:], scale=0.25)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_chunks_on_a_gpu(implementation):
+    arguments = (*problem(3, 512, 3000, 8, 2, 128, "bfloat16"), jnp.array([3000, 1300, 512]))
+    actual = run(implementation, None, *arguments)
+    assert_close(actual, run("reference", None, *arguments), "bfloat16")
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])

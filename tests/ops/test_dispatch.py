@@ -67,11 +67,13 @@ def test_target_platform_is_part_of_jits_key():
 
 
 def calls():
-    x = jnp.ones((1, 4, 1, 8))
+    x, chunk = jnp.ones((1, 4, 1, 8)), jnp.ones((1, 64, 1, 8))
     return {
         "masked_attention": lambda **k: masked_attention(x, x, x, Visibility.causal(1, 4), **k),
         "linear_log_prob": lambda **k: linear_log_prob(x[0, :, 0], x[0, :, 0], jnp.arange(4), **k),
-        "cached_attention": lambda **k: cached_attention(x, x, x, lengths=jnp.array([4]), **k),
+        "cached_attention": lambda **k: cached_attention(
+            chunk, chunk, chunk, lengths=jnp.array([64]), **k
+        ),
     }
 
 

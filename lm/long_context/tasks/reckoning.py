@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InfiniteBench's computation over the context: an order statistic of a list, a chain of
-functions."""
+"""InfiniteBench's computation over the context: an order statistic of a list, the intermediate
+values of a long sum, a chain of functions."""
 
 import random
 
@@ -15,11 +15,13 @@ STATISTICS: tuple[tuple[str, int, int | None], ...] = (
     ("median", 0, None),
 )
 _LEAST_VALUES = 5  # different ones that can occur
+VALUES = 64  # of a sum that are asked for
 LAYERS = (2, 4, 6, 8, 10)
 _ARGUMENT = 10  # the call's lies in -10..10
 _OFFSETS = (-12, 17)
 
 _FIND = "Below is a list of integers.\n{text}\n"
+_CALCULATE = "Below is a long sum.\n{text}\n"
 _RUN = "Below are Python functions, each of which calls at most one other.\n{text}\n"
 
 
@@ -53,6 +55,32 @@ def find_number(rng: random.Random, size: int, request: Request) -> Document:
         f" {answer}",
     )
     return Document(_FIND.format(text=f"[{text}]"), (question,))
+
+
+def calculate(rng: random.Random, size: int, request: Request) -> Document:
+    """size: numbers of 0..99, added or subtracted so that every intermediate value is one, too.
+
+    All intermediate values are asked for where it was published, which takes an answer as long as
+    the context; here it is the first 64 of them, the first number among these.
+    """
+    del request
+    value = rng.randint(0, 99)
+    text, values = [str(value)], [value]
+    for _ in range(size - 1):
+        plus = rng.random() < 0.5
+        term = rng.randint(0, 99 - value if plus else value)
+        value += term if plus else -term
+        text.append(f"{'+' if plus else '-'} {term}")
+        values.append(value)
+    asked = tuple(map(str, values[:VALUES]))
+    question = Question(
+        f"What are the first {len(asked)} intermediate values of the sum, from its first number "
+        "on?",
+        "\nThe values are",
+        asked,
+        f" {', '.join(asked)}",
+    )
+    return Document(_CALCULATE.format(text=" ".join(text)), (question,))
 
 
 def run_code(rng: random.Random, size: int, request: Request) -> Document:
@@ -104,6 +132,13 @@ TASKS = (
         score=scoring.first_number,
         smallest=_LEAST_VALUES,
         search_each=True,  # bounds and with them digits differ from sample to sample
+    ),
+    Task(
+        name="math_calc",
+        new_tokens=4 * VALUES,  # in bytes, too
+        generate=calculate,
+        score=scoring.leading_integers,
+        smallest=2,
     ),
     Task(
         name="code_run",

@@ -15,6 +15,8 @@ from lm.draft_inference.draft import Draft
 from lm.draft_inference.methods import Methods
 from lm.errors import UserError
 from lm.long_context import evaluate, exact
+from lm.long_context.judge import Judge
+from lm.long_context.options import Budget, Options
 from tests.lm.draft_inference.small import SETTINGS, methods
 from tests.lm.long_context.small import GREEDY, MODEL, dense, params, prompts, run, speaker
 
@@ -73,15 +75,15 @@ def test_the_harness_evaluates_and_times_them():
     weights = exact.random_params(target.model, 3)
     drafter = Draft(target.model, weights, target.valid_vocab, "", "seed 3")
     table = Methods(SETTINGS, drafter)
-    options = evaluate.Options(
+    options = Options(
         methods=("speckv_pc", "random"), tasks=("passkey",), lengths=(340,), samples=1,
         budgets=("64",), batch_size=1, timed=True,
     )  # fmt: skip
     table = dataclasses.replace(table, settings=dataclasses.replace(SETTINGS, columns=360))
-    judge = evaluate.Judge(freeze({}, DraftConfig), table, options, target)
+    judge = Judge(freeze({}, DraftConfig), table, options, target)
     (cell,) = judge.cells()
-    plan = judge.plan(cell, [evaluate.Budget.parse("64")])
-    found = judge.measure(cell, plan, cell.make())
+    plan = judge.plan(cell, [Budget.parse("64")])
+    (found,) = evaluate.measured(judge, [cell], [plan])
     row = found["speckv_pc", 64][0]
     assert row["tokens_read"] > 64
     assert row["prefill_ms"] > 0

@@ -18,9 +18,9 @@ from tests.lm.long_context.small import GREEDY, MODEL, assert_same, params, prom
 DRAWN = SamplingConfig(temperature=0.8, top_k=20, max_new_tokens=12)
 
 
-def verified(method, sampling, stops=()):
+def verified(method, sampling, stops=(), **options):
     return speculate.generations(
-        MODEL, params(), prompts(), sampling, method, stops, jax.random.key(0)
+        MODEL, params(), prompts(), sampling, method, stops, jax.random.key(0), **options
     )
 
 
@@ -41,12 +41,32 @@ def test_verified_drafts_do_not_change_the_text(sampling):
         lists, others = run(dataclasses.replace(method, keeps=keeps), sampling, stops)
         assert_same(plain, lists)
         np.testing.assert_array_equal(counted.reads, others.reads)
+    drawn = [len(g.tokens) + g.stopped for g in got]
+    assert (drawn <= found.accepted + 1 + found.steps).all()
+    if sampling is GREEDY:
+        # the first pass alone verifies, then the target goes on token by token
+        once, early = verified(method, sampling, stops, block=0)
+        assert_same(once, plain)
+        assert (found.accepted >= early.accepted).all()
+        assert early.steps == max(
+            len(g.tokens) - a - 1 + g.stopped for g, a in zip(got, early.accepted, strict=True)
+        )
         # a whole prompt is kept: all that is drafted holds, up to the end of the text
-        wanted = [min(len(plain[i].tokens), 6) for i in (0, 2)]
-        assert found.accepted[[0, 2]].tolist() == wanted
-    assert found.steps == max(
-        len(g.tokens) - a - 1 + g.stopped for g, a in zip(got, found.accepted, strict=True)
-    )
+        assert early.accepted[[0, 2]].tolist() == [min(len(plain[i].tokens), 6) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("name", ["speckv", pytest.param("speckv_pc", marks=pytest.mark.slow)])
+def test_methods_go_on_as_they_can(name):
+    """With all that is drafted right; and a compressed prompt, which the draft knows as it was."""
+    method = methods().make(name, 60 if name == "speckv" else 40)
+    if name == "speckv":
+        method = dataclasses.replace(method, drafter=FirstLayers(2))
+    plain, _ = run(method)
+    got, found = verified(method, GREEDY)
+    assert_same(got, plain)
+    if name == "speckv":  # 6 drafted tokens and one of the target's own, 4 and another
+        assert found.accepted.tolist() == [10] * 4
+        assert found.steps == 1
 
 
 def test_what_cannot_be_verified():

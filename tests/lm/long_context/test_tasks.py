@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lm.errors import UserError
 from lm.long_context import tasks
 from lm.long_context.tasks import haystacks
-from lm.long_context.tasks.reckoning import LAYERS, STATISTICS
+from lm.long_context.tasks.reckoning import LAYERS, STATISTICS, VALUES
 
 SEEDS = st.integers(0, 9999)
 ASSIGNMENT = re.compile(r"VAR ([A-Z]+) = (?:VAR ([A-Z]+)|(\d+))")
@@ -32,7 +32,7 @@ def make(name, size, seed=0, length=4096, index=0, questions=1, count=len):
 
 def test_every_task_is_there():
     assert {"vt", "cwe", "fwe", "passkey", "number_string", "kv_retrieval"} <= tasks.TASKS.keys()
-    assert {"math_find", "code_run"} <= tasks.TASKS.keys()
+    assert {"math_find", "math_calc", "code_run"} <= tasks.TASKS.keys()
     assert len([name for name in tasks.TASKS if name.startswith("niah_")]) == 8
     with pytest.raises(UserError, match=r"unknown task 'nope'; known: niah_single_1, .*code_run"):
         tasks.find("nope")
@@ -255,6 +255,23 @@ def test_math_find(size, seed, index):
     assert f" {asked} number" in question.text
     assert question.outputs == (str(expected),)
     assert ("count once" in question.text) == asked.startswith(("second", "third"))
+
+
+@drawn()
+@given(st.integers(2, 200), SEEDS)
+def test_math_calc(size, seed):
+    document = make("math_calc", size, seed)
+    (question,) = document.questions
+    first, *rest = document.context.splitlines()[1].split()
+    values = [int(first)]
+    for sign, term in zip(rest[::2], rest[1::2], strict=True):
+        values.append(values[-1] + {"+": 1, "-": -1}[sign] * int(term))
+    assert len(values) == size
+    assert all(0 <= value <= 99 for value in values)
+    assert list(map(int, question.outputs)) == values[:VALUES]
+    score = tasks.find("math_calc").score
+    assert score(question.answer, question.outputs) == 1
+    assert score(f"{values[0]}, 100, {values[1]}", question.outputs) == 1 / len(question.outputs)
 
 
 def test_math_find_answers_vary():

@@ -7,21 +7,12 @@ import pytest
 
 from lm import tuned
 from lm.errors import UserError
-from lm.long_context import evaluate
-from lm.long_context.config import TasksConfig
-from lm.long_context.evaluate import Options
+from lm.long_context.judge import Judge
+from lm.long_context.options import Options
 from lm.token_select import choice, tune
-from lm.token_select.config import SelectConfig, TokenSelectConfig
-from lm.token_select.methods import Methods
 from lm.workdir import Workdir
-from tests.lm.long_context import small
-
-SELECT = SelectConfig(n_init=4, n_local=32, k=28, chunk=32)
-CONFIG = TokenSelectConfig(
-    tasks=TasksConfig(names=("passkey",), eval_lengths=(400,), eval_samples=3), select=SELECT
-)
-TABLE = Methods(SELECT)
-PAIR = Options(methods=("token_select", "streaming_llm"), batch_size=2)
+from tests.lm.long_context import judged, small
+from tests.lm.long_context.judged import CONFIG, PAIR, SELECT, TABLE
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +21,8 @@ def speaker():
 
 
 @pytest.fixture
-def opened(monkeypatch, speaker):
-    """Checkpoints are this model."""
-
-    def opened(config, methods, path, options, workdir=None):
-        return evaluate.Judge(
-            config, methods, options, speaker, str(path), bool(options.chat), workdir
-        )
-
-    monkeypatch.setattr(evaluate, "opened", opened)
+def opened(monkeypatch):
+    judged.opens(monkeypatch)
 
 
 def test_the_setting_that_reads_least_is_chosen():
@@ -80,7 +64,7 @@ def test_a_choice_is_kept_with_what_it_was_made_for(opened, speaker, tmp_path, c
     result = tune.run(CONFIG, tmp_path, Workdir(tmp_path), whole)
     assert (result["chosen"]["k"], result["chosen"]["n_local"]) == (360, 32)
     assert (result["agreement"], len(result["rows"])) == (1, 2)
-    judge = evaluate.Judge(CONFIG, TABLE, dataclasses.replace(PAIR, tuned=str(tmp_path)), speaker)
+    judge = Judge(CONFIG, TABLE, dataclasses.replace(PAIR, tuned=str(tmp_path)), speaker)
     assert judge.methods.select == dataclasses.replace(SELECT, k=360)
     assert "tuned for another" not in capsys.readouterr().err
     now = {**tuned.hashes(speaker.params, speaker.tokenizer, None), "model": "x"}

@@ -37,8 +37,8 @@ def test_a_prompt_that_loses_a_token_is_found(monkeypatch):
     """Its own token, in a layer that reads one less: the chunks that are compared are wrong."""
     attention = cache.cached_attention
 
-    def loses(q, k, v, *, lengths, implementation):
-        return attention(q, k, v, lengths=lengths - (lengths > 24), implementation=implementation)
+    def loses(q, k, v, *, lengths, **options):
+        return attention(q, k, v, lengths=lengths - (lengths > 24), **options)
 
     monkeypatch.setattr(cache, "cached_attention", loses)
     texts = verify.random_texts(MODEL, SELECT, STEPS, None, 1)[:1]

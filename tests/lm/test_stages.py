@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from lm.cp_heads import stages
-from lm.cp_heads.stages import Clock
+from lm import stages
+from lm.stages import Clock
 
 
 def training(seconds, starts=0.0):

@@ -15,6 +15,10 @@ _STOPPED = 143  # exit status of a training loop that saved and left
 _AGAIN = 1.0  # seconds between signals: one that comes before the loop listens is lost
 
 
+class OutOfTime(Exception):
+    """A call has no time left. What had ended by then is kept, the same call goes on."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Clock:
     """Counts down from when it was made."""
@@ -27,6 +31,14 @@ class Clock:
         if self.minutes is None:
             return math.inf
         return 60 * self.minutes - (time.monotonic() - self.began)
+
+    def check(self) -> None:
+        """Raises OutOfTime when nothing is left."""
+        if self.left() <= 0:
+            raise OutOfTime
+
+
+UNLIMITED = Clock()
 
 
 def train(clock: Clock, call: Callable[[], object]) -> bool:
