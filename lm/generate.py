@@ -226,9 +226,15 @@ def timed(
     return Timing(first, np.array(steps))
 
 
-def prepare(config: ModelConfig, params: Params) -> Params:
+def cast(config: ModelConfig, params: Params) -> Params:
     """The parameters in the compute dtype; those that are in it already are shared, not copied."""
     return jax.tree.map(lambda x: jnp.asarray(x, config.dtype), params)
+
+
+def prepare(config: ModelConfig, params: Params) -> Params:
+    """`cast`, and every layer by itself (`transformer.unstacked`), which decoding steps read
+    without a copy. What is so already is shared; stacked layers are copied."""
+    return transformer.unstacked(cast(config, params))
 
 
 def bucket(length: int) -> int:

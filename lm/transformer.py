@@ -11,6 +11,9 @@ Parameters travel as a nested dict of arrays with the layers stacked on a leadin
     layers/attention/q/kernel [L, D, N, H]      layers/attention/{k,v}/kernel [L, D, K, H]
     layers/attention/o/kernel [L, N, H, D]
     layers/mlp/{gate,up}/kernel [L, D, F]       layers/mlp/down/kernel [L, F, D]
+
+Decoding reads every weight for a token or a few, and a loop over stacked layers would copy each
+layer out of the stack first. So `hidden` also takes what `unstacked` gives: a tuple of L trees.
 """
 
 import functools
@@ -134,7 +137,12 @@ class Transformer(nnx.Module):
         self.config = config
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, context: C, remat: str = "none"
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        context: C,
+        remat: str = "none",
+        unstacked: tuple[Params, ...] | None = None,  # instead of the parameters of `layers`
     ) -> tuple[jax.Array, C]:
         config = self.config
         with jax.named_scope("embed"):
@@ -153,7 +161,14 @@ class Transformer(nnx.Module):
         if remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
         indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-        (x, state), _ = jax.lax.scan(body, (x, context.state), (indices, stack))
+        carry = x, context.state
+        if unstacked is None:
+            carry, _ = jax.lax.scan(body, carry, (indices, stack))
+        else:
+            body = jax.jit(body)  # traced and lowered once for all layers
+            for xs in zip(indices, unstacked, strict=True):
+                carry, _ = body(carry, xs)
+        x, state = carry
         return self.final_norm(x), context.with_state(state)
 
 
@@ -174,6 +189,21 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=key))))
 
 
+def unstacked(params: Params) -> Params:
+    """The same parameters with `layers` as a tuple of one tree a layer, copied out of the stack
+    once; those of layers that are apart already are shared."""
+    stack = params["layers"]
+    if isinstance(stack, tuple):
+        return params
+    return {**params, "layers": _apart(stack)}
+
+
+@jax.jit
+def _apart(stack: Params) -> tuple[Params, ...]:
+    leaves, tree = jax.tree.flatten(stack)
+    return tuple(tree.unflatten(layer) for layer in zip(*leaves, strict=True))
+
+
 def hidden(
     config: ModelConfig,
     params: Params,
@@ -185,8 +215,12 @@ def hidden(
 ) -> tuple[jax.Array, C]:
     """Final-norm hidden states [B, T, D] in the compute dtype, and the context with its new
     state."""
+    layers = params["layers"]
+    apart = layers if isinstance(layers, tuple) else None
+    if apart is not None:
+        params = {**params, "layers": apart[0]}
     model = nnx.merge(abstract(config)[0], params)
-    return model(tokens, positions, context, remat)
+    return model(tokens, positions, context, remat, apart)
 
 
 def unembedding(config: ModelConfig, params: Params) -> jax.Array:

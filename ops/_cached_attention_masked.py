@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from ops import _masked_attention_mosaic, _masked_attention_triton, dispatch
+from ops import _masked_attention_mosaic, dispatch
 from ops.visibility import Visibility
 
-_LEAST_ROWS = 64  # of a tile: fewer would leave most of it idle
+LEAST_ROWS = 64  # of a tile: fewer would leave most of it idle
 
 Served = tuple[jax.Array, jax.Array]  # [B, T, N, H], [B, T, N]
 
@@ -31,9 +31,9 @@ def served(
 ) -> Served:
     """`cached_attention` by an implementation of `masked_attention`. Raises Unsupported."""
     T = q.shape[1]
-    if T < _LEAST_ROWS:
+    if T < LEAST_ROWS:
         raise dispatch.Unsupported(
-            f"{name}: serves chunks of {_LEAST_ROWS} new tokens and more, not {T}"
+            f"{name}: serves chunks of {LEAST_ROWS} new tokens and more, not {T}"
         )
     if k.dtype != q.dtype:
         raise dispatch.Unsupported(f"{name}: a cache of {k.dtype} under queries of {q.dtype}")
@@ -52,4 +52,3 @@ def _one_layer(whole: jax.Array, layer: jax.Array) -> jax.Array:
 
 
 mosaic_gpu = functools.partial(served, "mosaic_gpu", _masked_attention_mosaic.masked_attention)
-triton = functools.partial(served, "triton", _masked_attention_triton.masked_attention)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from ops import (
     _cached_attention_masked,
     _cached_attention_reference,
+    _cached_attention_triton,
     _cached_attention_xla,
     _heads,
     _stacked,
@@ -42,8 +43,8 @@ def cached_attention(
       return_lse: also return the log-sum-exp of every row's scores.
       implementation: a name from `dispatch.IMPLEMENTATIONS`. "reference" scores the whole cache at
         once; "xla" reads it by blocks up to the longest sequence of the batch, without repeating K
-        and V; "mosaic_gpu" and "triton" are those of `masked_attention`, for chunks of 64 new
-        tokens and more and a cache of q's dtype.
+        and V; "mosaic_gpu" and "triton" are those of `masked_attention` for chunks of 64 new tokens
+        and more, "triton" is that of `pool_attention` for fewer; both want a cache of q's dtype.
 
     Returns:
       out [B, T, N, H] in q.dtype, and with `return_lse` also lse [B, T, N] float32. A row that sees
@@ -71,7 +72,7 @@ def cached_attention(
             "reference": _cached_attention_reference.cached_attention,
             "xla": _cached_attention_xla.cached_attention,
             "mosaic_gpu": _cached_attention_masked.mosaic_gpu,
-            "triton": _cached_attention_masked.triton,
+            "triton": _cached_attention_triton.cached_attention,
         },
         q,
         k,

@@ -76,7 +76,7 @@ def main() -> dict[str, Any]:
     if DENSE.value:
         (again,) = pipeline.rollback(
             speaker.model,
-            speaker.params,
+            speaker.prepared,
             [prompt],
             [made],
             sampling,

@@ -126,12 +126,14 @@ def published(problem: Problem) -> dict[str, Timed]:
     return {"score": Timed(score, keys), "select": Timed(select_, keys)}
 
 
-def full(problem: Problem) -> dict[str, Timed]:
+def full(problem: Problem, implementation: str | None = None) -> dict[str, Timed]:
     """Attention over the whole cache."""
 
     def attend(small, large):
         k, v = (x[0] for x in large["buffers"][:2])
-        return cached_attention(small["q"], k, v, lengths=small["total"])
+        return cached_attention(
+            small["q"], k, v, lengths=small["total"], implementation=implementation
+        )
 
     return {"full": Timed(attend, 2 * problem.bytes_of(problem.buffers.k))}
 

@@ -37,6 +37,10 @@ KERNELS: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
         "decode", "", "attend",
         {"block": (16, 32, 64, 128), "num_warps": _WARPS, "num_stages": _STAGES[:4]},
     ),
+    "pool": (
+        "decode", "", "full",
+        {"block": (16, 32, 64, 128, 256), "num_warps": _WARPS, "num_stages": _STAGES},
+    ),
     "chunk": (
         "chunk", "", "attend",
         {"block": (32, 64, 128), "rows": (64, 128, 256), "num_warps": (4, 8),
@@ -94,7 +98,8 @@ def _tuned(
     def attempt(config):
         nonlocal wanted
         with configs.override(**{kernel: config}):
-            timed = selection_stages.ours(problem, "triton")[stage]
+            make = selection_stages.full if stage == "full" else selection_stages.ours
+            timed = make(problem, "triton")[stage]
             got = jax.jit(timed.run)(problem.small, large)
             got = [np.asarray(x, np.float32) for x in jax.tree.leaves(got)]
             turns = selection_others.turns(plan.loop_seconds, max(timed.bytes / 2e12, 2e-5))

@@ -174,12 +174,15 @@ def stream(
 
 
 def prepare(target: Target, params: Any) -> Any:
-    """Floating parameters in the compute dtype; those that are in it already are shared."""
+    """Floating parameters in the compute dtype, and the layers of a transformer by themselves; what
+    is so already is shared."""
 
     def cast(x):
         return jnp.asarray(x, target.model.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
-    return jax.tree.map(cast, params)
+    params = jax.tree.map(cast, params)
+    whole = isinstance(params, dict) and "layers" in params
+    return transformer.unstacked(params) if whole else params
 
 
 def request(

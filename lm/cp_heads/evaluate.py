@@ -90,7 +90,7 @@ def run(
     rows = []
     for path in paths:
         loaded = checkpoints.load(path, config)
-        params = generate.prepare(loaded.model, loaded.params)
+        params = generate.cast(loaded.model, loaded.params)
         data = data_of(loaded, config)
         trunk = tuned.digest(params)
         for sampling in drawn:

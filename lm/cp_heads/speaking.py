@@ -47,7 +47,7 @@ class Drafting:
         )
         return decode.stream(
             target,
-            speaker.params,
+            speaker.prepared,
             Heads(self.config, chains),
             self.head,
             prompts,

@@ -309,7 +309,7 @@ def held_out_loss(resolved: setup.Setup, params: Params) -> float:
     size = min(resolved.config.train.batch_size, _HELD_ROWS)
     measured = jax.jit(train.edge_objective(model, execution, "per_token"))
     total = weight = 0.0
-    params = generate.prepare(model, params)
+    params = generate.cast(model, params)
     batches = packing.batches(rows, size, data.seq_len)
     for _, batch in zip(range(-(-_HELD_ROWS // size)), batches, strict=False):
         value, sums = measured(params, train.to_device(batch, None), jax.random.key(0))
@@ -337,7 +337,7 @@ def _offline(study: Study) -> bool:
     if not todo:
         return True
     target = target_of(study)
-    params = generate.prepare(target.resolved.model, target.params)
+    params = generate.cast(target.resolved.model, target.params)
     options = evaluate.Options(prompt_tokens=study.config.study.prompt_tokens, batch_size=_TEXTS)
     for name, temperature in todo:
         if study.clock.left() <= 0:

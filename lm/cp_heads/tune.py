@@ -155,7 +155,7 @@ def run(
     with Progress("time", len(chosen) + 1) as progress:
         for row in chosen:
             loaded = checkpoints.load(pathlib.Path(row["checkpoint"]), config)
-            params = generate.prepare(loaded.model, loaded.params)
+            params = generate.cast(loaded.model, loaded.params)
             texts = _prompts(loaded, config, options)
             sampling = dataclasses.replace(config.sampling, temperature=row["temperature"])
             made_for[row["checkpoint"]] = hashes_of(loaded.setup, params)

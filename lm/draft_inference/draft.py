@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import contexts, prompting, sampling, setup, transformer, tuned
+from lm import contexts, generate, prompting, sampling, setup, transformer, tuned
 from lm.config import ModelConfig, SamplingConfig
 from lm.draft_inference.watch import Watch, Watching
 from lm.errors import UserError
@@ -99,7 +99,7 @@ class Draft:
     tokenizer: str  # its fingerprint; "": not known
     digest: str  # of the parameters
     positions: int | None = None  # it was made for so many tokens at most; None: not known
-    _meshes: dict[Sharding, Params] = dataclasses.field(default_factory=dict)
+    _meshes: dict[Sharding | None, Params] = dataclasses.field(default_factory=dict, init=False)
 
     def __repr__(self) -> str:
         return f"Draft({self.digest[:16]}, {self.model.dtype})"
@@ -163,11 +163,11 @@ class Draft:
         )
 
     def _placed(self, sharding: Sharding | None) -> Params:
-        if sharding is None:
-            return self.params
         if sharding not in self._meshes:
-            place = sharding.params(self.params)
-            self._meshes[sharding] = jax.device_put(self.params, place)
+            params = self.params
+            if sharding is not None:
+                params = jax.device_put(params, sharding.params(params))
+            self._meshes[sharding] = generate.prepare(self.model, params)
         return self._meshes[sharding]
 
 
@@ -308,7 +308,10 @@ def _look(static: _Looking, params, tokens, lengths, indices, stop_ids, key) -> 
 
 def first_layers(model: ModelConfig, params: Params) -> Params:
     """The parameters of a model's own layers, of those of a deeper one."""
-    return {**params, "layers": jax.tree.map(lambda x: x[: model.num_layers], params["layers"])}
+    own, first = params["layers"], slice(model.num_layers)
+    if not isinstance(own, tuple):
+        return {**params, "layers": jax.tree.map(lambda x: x[first], own)}
+    return {**params, "layers": own[first]}
 
 
 def _start(static: _Looking, params, tokens, lengths) -> tuple[jax.Array, _State]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from lm import generate, plots
+from lm import plots
 from lm.config import SamplingConfig
 from lm.draft_inference import pipeline
 from lm.draft_inference.method import Drafted
@@ -69,7 +69,7 @@ def explain(
     """
     if not isinstance(method, Drafted):
         raise UserError("only methods with a draft can be explained")
-    given = speaker.model, generate.prepare(speaker.model, speaker.params), [prompt]
+    given = speaker.model, speaker.prepared, [prompt]
     sampling, key = SamplingConfig(max_new_tokens=new_tokens), jax.random.key(0)
     rest = {"implementation": implementation, "valid_vocab": speaker.valid_vocab}
     (found,) = pipeline.audit(*given, sampling, method, speaker.stop_ids, key, **rest)

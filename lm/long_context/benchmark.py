@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import hardware, transformer
+from lm import generate, hardware, transformer
 from lm.config import ModelConfig, SamplingConfig, require_positive
 from lm.errors import UserError
 from lm.long_context import cache, decode, quality
@@ -89,7 +89,7 @@ class Options:
 
 
 def random_params(model: ModelConfig, seed: int) -> transformer.Params:
-    """A model at random in its compute dtype, made on the device."""
+    """A model at random as decoding wants it (`lm.generate.prepare`), made on the device."""
 
     @functools.partial(jax.jit, static_argnums=1)
     def leaf(key, shape):
@@ -100,7 +100,7 @@ def random_params(model: ModelConfig, seed: int) -> transformer.Params:
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     made = [leaf(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, made)
+    return generate.prepare(model, jax.tree.unflatten(tree, made))
 
 
 def layers_that_fit(model: ModelConfig, shadow: str, tokens: int, memory: int) -> int:
@@ -135,6 +135,7 @@ def benchmark(
     `cache_bytes` are of keys and values while decoding; `implementations` are those that each op
     has been traced with so far. Raises UserError."""
     policies = options.policies(model, methods)
+    params = generate.prepare(model, params)
     cells = [(n, b) for n in options.contexts for b in options.batch_sizes]
     with Progress("benchmark", len(cells)) as progress:
         for context, batch in cells:

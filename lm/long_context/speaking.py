@@ -34,7 +34,7 @@ class Selective:
         speaker = self.speaker
         return decode.stream(
             speaker.model,
-            speaker.params,
+            speaker.prepared,
             prompts,
             sampling,
             self.policy,

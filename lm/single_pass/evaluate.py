@@ -70,7 +70,7 @@ def evaluate(
         raise UserError("nothing to evaluate: no conversations")
     if options.batch_size < 1:
         raise UserError(f"batch_size={options.batch_size} must be at least 1")
-    params = generate.prepare(resolved.model, params)
+    params = generate.cast(resolved.model, params)
     found = [pipeline.samples_of(resolved, conversation) for conversation in conversations]
     loss, weight = held_out_loss(resolved, params, found, options)
     dialogues = [
@@ -251,7 +251,7 @@ def held_out_loss(
 
     found: the samples of each conversation. An edge that several turns train counts for the first.
     """
-    params = generate.prepare(resolved.model, params)
+    params = generate.cast(resolved.model, params)
     execution = losses.Execution(
         options.mesh, options.implementation, valid_vocab=resolved.valid_vocab
     )

@@ -105,6 +105,15 @@ def test_chunks_on_a_gpu(implementation):
     assert_close(actual, run("reference", None, *arguments), "bfloat16")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("T", [1, 9])
+def test_new_tokens_on_a_gpu(T, dtype):
+    arguments = (*problem(3, T, 33_000, 32, 8, 128, dtype), jnp.array([33_000, 1300, 5]))
+    actual = run("triton", None, *arguments)
+    assert_close(actual, run("xla", None, *arguments), dtype)
+
+
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 def test_free_slots_have_no_influence(implementation, monkeypatch):
     small_blocks(monkeypatch, 8)

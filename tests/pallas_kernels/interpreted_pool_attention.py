@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from ops import dispatch
+from ops.cached_attention import cached_attention
 from ops.pool_attention import pool_attention
 from pallas_kernels import selection_triton_config as configs
 from pallas_kernels import triton_call
-from tests.ops.op_cases import jit
+from tests.ops.op_cases import arrays, jit
 from tests.ops.op_tolerances import assert_close
 from tests.ops.test_pool_attention import by_loops, problem
 from tests.pallas_kernels import triton_interpreter
@@ -60,3 +61,19 @@ def test_only_what_is_filled_is_read():
     for name in ("k", "v"):
         given[name] = jnp.where(free[:, :, None, None], jnp.nan, given[name])
     assert_close(run(given), expected, "float32")
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_new_tokens_over_a_cache(T):
+    """Also an empty sequence, and one shorter than the new tokens."""
+    q, k, v = arrays(0, (4, T, 4, 64), (3, 4, 70, 2, 64), (3, 4, 70, 2, 64))
+    lengths = jnp.array([70, 33, 2, 0], jnp.int32)
+    first, second = (
+        jit(
+            lambda q, k, v, name=name: cached_attention(
+                q, k, v, lengths=lengths, layer=1, return_lse=True, implementation=name
+            )
+        )(q, k, v)
+        for name in ("triton", "reference")
+    )
+    assert_close(first, second, "float32")

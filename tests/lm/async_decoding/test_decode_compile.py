@@ -8,12 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from lm import aot, hardware, sharding, transformer
+from lm import aot, hardware, sharding
 from lm.async_decoding import decode, language, tables
 from lm.config import MeshConfig, ModelConfig
 from lm.text.tokenizers import ByteTokenizer
 from ops import dispatch
-from tests import gpu_target
+from tests import gpu_target, prepared
 
 # read when the TPU compiler is loaded
 os.environ.update(
@@ -41,10 +41,7 @@ def compiled(mesh, place, whole):
     def spec(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, MODEL.dtype), transformer.abstract(MODEL)[1]
-    )
-    params = jax.tree.map(spec, shapes, place(shapes))
+    params = prepared.shapes(MODEL, place)
     key = jax.eval_shape(lambda: jax.random.key(0))
     known = tables.make(TOKENIZER, TOKENIZER.stop_ids, MODEL.vocab_size)
     arguments = (np.zeros((4, 128), np.int32), *np.ones((2, 4), np.int32), key)

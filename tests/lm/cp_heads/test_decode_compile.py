@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from lm import aot, hardware, sharding, transformer
+from lm import aot, hardware, sharding
 from lm.config import MeshConfig, ModelConfig, SamplingConfig
 from lm.cp_heads import decode, head
 from lm.cp_heads.drafters import Heads, Target
 from lm.cp_heads.head import HeadConfig
 from ops import dispatch
-from tests import gpu_target
+from tests import gpu_target, prepared
 
 # read when the TPU compiler is loaded
 os.environ.update(
@@ -40,8 +40,7 @@ def compiled(program, place, whole):
         dtype = MODEL.dtype if np.issubdtype(x.dtype, np.floating) else x.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype)
 
-    shapes = jax.tree.map(cast, transformer.abstract(MODEL)[1])
-    params = jax.tree.map(spec, shapes, place(shapes))
+    params = prepared.shapes(MODEL, place)
     weights = jax.eval_shape(lambda: head.init(jax.random.key(0), HEAD, MODEL))
     prompts = [np.zeros(100, np.int32)] * 4
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import aot, hardware, sharding, transformer
+from lm import aot, hardware, sharding
 from lm.config import MeshConfig, ModelConfig, SamplingConfig
 from lm.draft_inference import compression
 from lm.draft_inference import draft as drafts
@@ -17,7 +17,7 @@ from lm.draft_inference.methods import Methods
 from lm.long_context import decode
 from lm.long_context.program import Program
 from ops import dispatch
-from tests import gpu_target
+from tests import gpu_target, prepared
 
 # read when the TPU compiler is loaded
 os.environ.update(
@@ -42,12 +42,6 @@ def compiled(name, mesh, batch, length, place, whole):
     def spec(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    def weights(model):
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, model.dtype), transformer.abstract(model)[1]
-        )
-        return jax.tree.map(spec, shapes, place(shapes))
-
     method = Methods(DraftSettings(layers=1)).make(name, 256)
     program = Program(MODEL, DRAWN, method, 0, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -58,9 +52,9 @@ def compiled(name, mesh, batch, length, place, whole):
     P = request.tokens.shape[1] - extra
     tokens = jax.ShapeDtypeStruct((batch, P), np.int32, sharding=whole)
     watch = None if method.compressor is None else method.compressor.watch(SMALL.num_layers)
-    looking = drafts._Looking(SMALL, DRAWN, max(extra, 1), watch, mesh, None, None)
+    looking = drafts._Looking(SMALL, DRAWN, max(extra, 1), watch, 0, mesh, None, None)
     rest = request.lengths, request.indices, request.stop_ids, request.key
-    look = drafts._look.lower(looking, weights(SMALL), tokens, *rest).compile()
+    look = drafts._look.lower(looking, prepared.shapes(SMALL, place), tokens, *rest).compile()
     if method.compressor is not None:
         importance = jax.ShapeDtypeStruct((batch, P), np.float32, sharding=whole)
         shorter = compression.compress.lower(
@@ -73,7 +67,9 @@ def compiled(name, mesh, batch, length, place, whole):
         width = request.tokens.shape[1] + (extra if method.compressor is not None else 0)
         tokens = jax.ShapeDtypeStruct((batch, width), np.int32, sharding=whole)
         request = request._replace(tokens=tokens, rows=rows)
-    return look, decode.prefill.lower(program, weights(MODEL), *request).compile(), program.capacity
+    params = prepared.shapes(MODEL, place)
+    first = decode.prefill.lower(program, params, *request).compile()
+    return look, first, program.capacity
 
 
 def kept_bytes(capacity, batch):
