@@ -52,7 +52,7 @@ def compiled(name, mesh, batch, length, place, whole):
     P = request.tokens.shape[1] - extra
     tokens = jax.ShapeDtypeStruct((batch, P), np.int32, sharding=whole)
     watch = None if method.compressor is None else method.compressor.watch(SMALL.num_layers)
-    looking = drafts._Looking(SMALL, DRAWN, max(extra, 1), watch, 0, mesh, None, None)
+    looking = drafts._Looking(SMALL, DRAWN, max(extra, 1), watch, mesh, None, None, 0)
     rest = request.lengths, request.indices, request.stop_ids, request.key
     look = drafts._look.lower(looking, prepared.shapes(SMALL, place), tokens, *rest).compile()
     if method.compressor is not None:
