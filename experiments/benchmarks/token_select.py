@@ -48,6 +48,7 @@ SCALE_SCORES = flags.DEFINE_bool("scale_scores", False, "products times head dim
 LOOP_SECONDS = flags.DEFINE_float("loop_seconds", _PLAN.loop_seconds, "of one loop, about")
 COPIED = flags.DEFINE_integer("copied", _PLAN.copied, "numbers that the copy moves", lower_bound=1)
 TUNE = flags.DEFINE_bool("tune", False, "time block sizes of the kernels instead")
+KERNELS = flags.DEFINE_list("kernels", [], "with --tune: which (default: all)")
 OUT = flags.DEFINE_string("out", None, "directory for rows, table and plot")
 
 _COLUMNS = ("mode", "tokens", "method", "shadow", "stage", "ms", "bandwidth_share", "overlap")
@@ -58,9 +59,11 @@ def main() -> dict[str, object]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     plan = _plan()
     plan.check()
+    if KERNELS.value and not TUNE.value:
+        raise UserError("--kernels needs --tune")
     name = "tune_token_select" if TUNE.value else "token_select"
     folder = recording.folder_of(OUT.value)
-    found = selection_tune.tune(plan) if TUNE.value else selection.measure(plan)
+    found = selection_tune.tune(plan, KERNELS.value) if TUNE.value else selection.measure(plan)
     rows = recording.collected(name, found, folder)
     say(tables.text(tables.table(rows, columns=None if TUNE.value else _COLUMNS)))
     for row in rows:

@@ -3,7 +3,7 @@
 hand."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lm.benchmarks.attention_problem import parse_heads
 from lm.benchmarks.selection import Plan
 from lm.benchmarks.selection_problem import Problem
 from lm.benchmarks.timing import Stopwatch
+from lm.config import require_choice
 from ops import _selection_triton
 from pallas_kernels import selection_triton_config as configs
 
@@ -69,11 +70,17 @@ class _Turns:
         self.watch.sample()
 
 
-def tune(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Rows, one per kernel, on the largest length of the plan. Raises Unsupported where Triton does
-    not run."""
+def tune(plan: Plan, kernels: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Rows, one per kernel (of `KERNELS`, or those named), on the largest length of the plan.
+
+    Raises UserError for a name that is not there, and Unsupported where Triton does not run.
+    """
+    for name in kernels:
+        require_choice("--kernels", name, tuple(KERNELS))
     _selection_triton.capability()
     for name, (mode, shadow, stage, options) in KERNELS.items():
+        if kernels and name not in kernels:
+            continue
         if mode not in plan.modes or shadow not in plan.shadows:
             continue
         problem = selection_problem.make(
