@@ -10,6 +10,7 @@ to retrieve only from tokens that it has to retrieve.
 
 import bisect
 import dataclasses
+import functools
 import operator
 import pathlib
 import random
@@ -19,7 +20,7 @@ from typing import SupportsIndex
 import grain
 import numpy as np
 
-from lm.data import packing
+from lm.data import packing, processes
 from lm.data.layout import Layout
 from lm.errors import UserError
 from lm.long_context import samples, tasks
@@ -31,8 +32,6 @@ _ENDLESS = 1 << 40  # documents
 _CYCLE = 500 * 59 * 7  # indices after which the tasks repeat the places of their answers
 _PROBES = 4  # documents from which the tokens of a task are told
 _ATTEMPTS = 50  # each 10% shorter
-# tokenizers leave Python's lock while they encode
-_READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=64)
 
 Branch = tuple[np.ndarray, np.ndarray]  # tokens of a question with its prefix, and of its answer
 
@@ -100,8 +99,16 @@ def _essay(config: TasksConfig, named: Sequence[Task]) -> tuple[str, ...]:
 class Documents(Sequence[Layout]):
     """The layouts of a run's documents by index."""
 
-    def __init__(self, config: TasksConfig, seed: int, tokenizer: Tokenizer, seq_len: int):
-        """seq_len: S, the tokens of a row.
+    def __init__(
+        self,
+        config: TasksConfig,
+        seed: int,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        process: tuple[int, int] = (0, 1),
+    ):
+        """seq_len: S, the tokens of a row. process: (index, count) of the host, which takes every
+        count-th document.
 
         Raises UserError for tasks that are unknown, lack their essay or do not fit.
         """
@@ -110,7 +117,7 @@ class Documents(Sequence[Layout]):
                 f"tasks.max_length={config.max_length} exceeds rows of data.seq_len={seq_len}"
             )
         self._config, self._seed, self._fingerprint = config, seed, tokenizer.fingerprint
-        self._seq_len = seq_len
+        self._seq_len, self._process = seq_len, process
         self._author = Author(config, tokenizer)
         self._scales = [self._scale(task) for task in self._author.tasks]
 
@@ -122,7 +129,8 @@ class Documents(Sequence[Layout]):
         return f"Documents({self._config}, {self._seed}, {self._seq_len}, {self._fingerprint})"
 
     def __getitem__(self, index: SupportsIndex) -> Layout:
-        number = operator.index(index)
+        first, count = self._process
+        number = first + count * operator.index(index)
         for attempt in range(_ATTEMPTS):
             rng = random.Random(f"train:{self._seed}:{number}:{attempt}")
             made = self._make(rng, number, shrink=0.9**attempt)
@@ -250,9 +258,12 @@ def rows(
 
     process: (index, count) of the host.
     """
-    dataset = grain.MapDataset.source(Documents(config, seed, tokenizer, seq_len))
-    dataset = dataset[process[0] :: process[1]].map(_ToGroup())
-    return packing.PackedRows(dataset.to_iter_dataset(_READ), seq_len, window)
+    make = functools.partial(Documents, config, seed, tokenizer, seq_len, process)
+    workers = processes.workers()
+    dataset = grain.MapDataset.source(processes.Beside(make, workers) if workers else make())
+    # without processes, threads help a little: tokenizers leave Python's lock while they encode
+    read = grain.ReadOptions(num_threads=1 if workers else 8, prefetch_buffer_size=64)
+    return packing.PackedRows(dataset.map(_ToGroup()).to_iter_dataset(read), seq_len, window)
 
 
 def texts(config: TasksConfig, tokenizer: Tokenizer, seed: int, count: int) -> Iterator[str]:
