@@ -118,6 +118,7 @@ def colab() -> ConfigDict:
     config.data.eval_conversations = 64
     config.train.batch_size = 32
     config.train.steps = 3000
+    config.train.remat = "dots"
     config.train.checkpoint_every = 500
     config.train.log_every = 20
     config.optimizer.learning_rate = 1e-3

@@ -77,6 +77,7 @@ def colab() -> ConfigDict:
     config.train.log_every = 20
     config.train.batch_size = 16
     config.train.steps = 2000
+    config.train.remat = "dots"
     config.train.checkpoint_every = 500
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 100

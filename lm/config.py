@@ -158,7 +158,7 @@ class TrainConfig:
     steps: int = 100  # 0: run `epochs` of the data instead
     epochs: int = 1  # used when steps is 0, and by `compare`
     weighting: str = "per_token"  # "per_token", or "per_turn": each turn counts the same
-    remat: str = "none"  # "none", "full" or "dots" (keep matrix products, recompute the rest)
+    remat: str = "none"  # "full"; "dots": keep products and attention, recompute the rest
     implementation: str = ""  # of the ops: "" picks the first that serves
     checkpoint_every: int = 50
     keep_checkpoints: int = 2

@@ -27,6 +27,7 @@ from flax import nnx
 from lm import layers
 from lm.config import LoraConfig, ModelConfig
 from lm.contexts import Context
+from ops import masked_attention
 
 Params = dict[str, Any]
 C = TypeVar("C", bound=Context)
@@ -37,7 +38,10 @@ _ACTIVATIONS = {
 }
 _REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(masked_attention.SAVED),
+    ),
 }
 
 

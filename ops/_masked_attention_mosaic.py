@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from ops import _block_lists, dispatch
+from ops import _block_lists, _saved, dispatch
 from ops._varying import common_varying, varying_like
 from ops.visibility import Visibility
 from pallas_kernels import masked_attention_mosaic as forward_kernel
@@ -72,7 +72,7 @@ def _attend_fwd(q, k, v, visibility, scale, plan):
     tiles = _query_tiles(visibility, q, k, plan.forward.units)
     arrays = (q, k, v, _vectors(visibility), _row_offset(visibility), *tiles)
     out, lse = forward_kernel.forward(*arrays, scale=scale, config=plan.forward)
-    out, lse = varying_like((out, lse), q)
+    out, lse = _saved.attention(*varying_like((out, lse), q))
     return (out, lse[..., : q.shape[1]].transpose(0, 2, 1)), (q, k, v, visibility, out, lse)
 
 

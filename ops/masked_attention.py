@@ -10,9 +10,13 @@ from ops import (
     _masked_attention_tpu,
     _masked_attention_triton,
     _masked_attention_xla,
+    _saved,
     dispatch,
 )
 from ops.visibility import Visibility
+
+# what a rematerialisation policy finds the results by (`jax.ad_checkpoint.checkpoint_name`)
+SAVED = _saved.ATTENTION
 
 
 def masked_attention(

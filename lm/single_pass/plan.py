@@ -40,7 +40,8 @@ def training_memory(model: ModelConfig, tokens: int, remat: str = "none", shards
         residuals    c tokens D (L + 1): what the scan over layers keeps under any policy
         layer        c tokens (5 D + 2 N H + 2 K H + 3 F): inputs of all products, norms and gates
                      "none": of all layers; "full" and "dots": of the one being recomputed
-        dots         c tokens (2 D + N H + 2 K H + 2 F) L under "dots": outputs of the linear maps
+        dots         c tokens (2 D + 2 N H + 2 K H + 2 F) L under "dots": outputs of the linear maps
+                     and of attention
         edges        c tokens D for the gathered rows, 4 V times the rows of logits at a time
 
     Attention keeps no [T, S] array. Temporaries of the compiler and fragmentation are not counted.
@@ -54,7 +55,7 @@ def training_memory(model: ModelConfig, tokens: int, remat: str = "none", shards
     state = (4 * (base + adapters) + 12 * trained) / shards
     cast = width * (base + adapters) / shards if width < 4 else 0
     layer = 5 * D + 2 * heads + 2 * kv_heads + 3 * F
-    dots = 2 * D + heads + 2 * kv_heads + 2 * F
+    dots = 2 * D + 2 * heads + 2 * kv_heads + 2 * F
     per_token = D * (L + 1) + D + layer * (L if remat == "none" else 1)
     if remat == "dots":
         per_token += dots * L

@@ -88,6 +88,19 @@ def test_remat_changes_nothing(remat, inputs):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
+def test_what_is_recomputed(inputs):
+    """Attention is not, under "dots": its forward loops are in the gradient once."""
+    params = transformer.abstract(CONFIG)[1]
+
+    def loops(remat):
+        def loss(params):
+            return jnp.sum(run(CONFIG, params, *inputs, Visibility.causal(2, 12), remat) ** 2)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count("while[")
+
+    assert loops("none") == loops("dots") < loops("full")
+
+
 def test_bfloat16_stays_close(inputs):
     params = transformer.init(CONFIG, jax.random.key(0))
     full = run(CONFIG, params, *inputs, Visibility.causal(2, 12))
