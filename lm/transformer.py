@@ -219,10 +219,9 @@ def hidden(
 ) -> tuple[jax.Array, C]:
     """Final-norm hidden states [B, T, D] in the compute dtype, and the context with its new
     state."""
-    layers = params["layers"]
-    apart = layers if isinstance(layers, tuple) else None
+    apart = params["layers"] if isinstance(params["layers"], tuple) else None
     if apart is not None:
-        params = {**params, "layers": apart[0]}
+        params = {**params, "layers": apart[0]}  # of one layer, for its structure
     model = nnx.merge(abstract(config)[0], params)
     return model(tokens, positions, context, remat, apart)
 

@@ -33,6 +33,11 @@ KERNELS: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
          "num_warps": _WARPS, "num_stages": _STAGES},
     ),
     "vote": ("decode", "", "importance", {"block": (32, 64, 128), "num_warps": _WARPS}),
+    # where the row is longer than its block, others run instead
+    "one_program": (
+        "decode", "", "top_k",
+        {"block": (8192, 16384, 32768, 65536), "num_warps": (8, 16, 32)},
+    ),
     "count": ("decode", "", "top_k", {"block": (1024, 2048, 4096, 8192), "num_warps": (4, 8, 16)}),
     "attend": (
         "decode", "", "attend",

@@ -13,7 +13,10 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import process
 from typing import Any, SupportsIndex
+
+from lm.errors import RunError
 
 _LEAST_CORES, _MOST = 4, 6  # one makes half a million tokens a second
 _BLOCK = 16  # items that go from one process to another at a time
@@ -48,9 +51,12 @@ class Beside(Sequence[Any]):
 
     def __getitem__(self, index: SupportsIndex) -> Any:
         block, place = divmod(operator.index(index), _BLOCK)
-        with self._lock:
-            found = self._wanted(block)
-        return found.result()[place]
+        try:
+            with self._lock:
+                found = self._wanted(block)
+            return found.result()[place]
+        except process.BrokenProcessPool:
+            raise RunError("a process that prepares training data died (out of memory?)") from None
 
     def _wanted(self, block: int) -> concurrent.futures.Future[list[Any]]:
         last = min(block + 2 * self._count, (len(self) - 1) // _BLOCK)

@@ -2,11 +2,13 @@
 """Items from processes beside this one."""
 
 import functools
+import os
 from collections.abc import Sequence
 
 import pytest
 
 from lm.data import processes
+from lm.errors import RunError
 
 
 class Squares(Sequence):
@@ -24,6 +26,8 @@ class Squares(Sequence):
     def __getitem__(self, index):
         if index == 77:
             raise ValueError("77 has none")
+        if index == 90:
+            os._exit(1)
         return index**2
 
 
@@ -36,6 +40,14 @@ def test_items_are_those_of_one_process():
     assert [beside[i] for i in order] == [i**2 for i in order if plain[i] == i**2]
     with pytest.raises(ValueError, match="77 has none"):
         beside[76]
+
+
+def test_a_process_that_dies_is_told():
+    beside = processes.Beside(functools.partial(Squares, 100), 1)
+    with pytest.raises(RunError, match="died"):
+        beside[80]
+    with pytest.raises(RunError, match="died"):
+        beside[0]
 
 
 def test_refusals_come_at_once():
