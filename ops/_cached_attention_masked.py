@@ -39,7 +39,8 @@ def served(
         raise dispatch.Unsupported(f"{name}: a cache of {k.dtype} under queries of {q.dtype}")
     # a copy of the layer, which costs little beside a chunk's attention to it
     k, v = (_one_layer(x, layer) for x in (k, v))
-    until = jnp.full(k.shape[:2], k.shape[1], jnp.int32)
+    # as many rows as there are; a constant would be folded through the block lists, for seconds
+    until = jnp.broadcast_to(lengths[:, None], k.shape[:2])
     visibility = Visibility(until, row_offset=lengths - T)
     return attention(q, k, v, visibility, scale=scale)
 
