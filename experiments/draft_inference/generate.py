@@ -3,10 +3,15 @@
 
     python -m experiments.draft_inference.generate --config=configs/draft_inference.py:demo
         --target=DIR --draft=DIR --prompt=TEXT [--method=speckv] [--budget=256] [--nodense]
+        [--speculate=4]
 
 DIR is a workdir or a Hugging Face directory; --config.draft.layers=N drafts with the target's own
-first layers. Text appears as it is drawn. The last line is {"text": ..., "tokens": n,
-"prompt_tokens": n, "stopped": x, "tokens_read": x, "tokens_kept": x, "dense": {"text": ...,
+first layers. Text appears as it is drawn. --speculate=N verifies the drafted tokens instead of
+throwing them away, and N more in every further pass of the target: the text is the same, it comes
+at once, and what steps read is not counted.
+
+The last line is {"text": ..., "tokens": n, "prompt_tokens": n, "stopped": x, "tokens_read": x,
+"tokens_kept": x, "speculation": {"drafted": n, "accepted": n, "passes": n}, "dense": {"text": ...,
 "agreement": x, "edit_distance": x}}: "dense", unless --nodense, is the same request with everything
 kept.
 """
@@ -21,11 +26,15 @@ from absl import flags
 from experiments import cli
 from experiments.long_context import flags as shared
 from lm.config import SamplingConfig
-from lm.draft_inference import evaluate, pipeline
+from lm.draft_inference import evaluate, pipeline, speculate
 from lm.draft_inference.config import DraftConfig
+from lm.draft_inference.method import Drafted
+from lm.errors import UserError
 from lm.generate import Generation
 from lm.long_context.options import Options
+from lm.long_context.policy import Method
 from lm.long_context.speaking import Selective
+from lm.prompting import Speaker
 
 cli.define_config(data=False)
 TARGET = flags.DEFINE_string("target", None, "workdir or directory", required=True)
@@ -34,6 +43,9 @@ METHOD = flags.DEFINE_string("method", "speckv", "any of evaluate")
 BUDGET = flags.DEFINE_integer("budget", None, "tokens kept (default: the config's)", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "of both models; 0: greedy", lower_bound=0.0)
+SPECULATE = flags.DEFINE_integer(
+    "speculate", 0, "tokens drafted for every pass of the target; 0: a pass a token", lower_bound=0
+)
 DENSE = flags.DEFINE_bool("dense", True, "also with everything kept, to compare")
 shared.define_prompt()
 shared.define_running()
@@ -48,7 +60,53 @@ def main() -> dict[str, Any]:
     policy = methods.build(METHOD.value, budget)
     prompt = speaker.prompt(text, chat=cli.FLAGS.chat)
     sampling = SamplingConfig(temperature=TEMPERATURE.value, max_new_tokens=MAX_NEW_TOKENS.value)
-    key, tokens, log_probs = jax.random.key(cli.FLAGS.seed), [], []
+    key = jax.random.key(cli.FLAGS.seed)
+    made, found = (_speculated if SPECULATE.value else _streamed)(
+        speaker, policy, prompt, sampling, key
+    )
+    result = {
+        "text": speaker.tokenizer.decode(made.tokens, skip_special=True),
+        "tokens": len(made.tokens),
+        "prompt_tokens": len(prompt),
+        "stopped": made.stopped,
+        **found,
+    }
+    if DENSE.value:
+        result["dense"] = _dense(speaker, prompt, made, sampling, key)
+    return result
+
+
+def _speculated(
+    speaker: Speaker, policy: Method, prompt: np.ndarray, sampling: SamplingConfig, key: jax.Array
+) -> tuple[Generation, dict[str, Any]]:
+    """Raises UserError for a method without a draft."""
+    if not isinstance(policy, Drafted):
+        raise UserError(f"--speculate verifies what a draft wrote; {METHOD.value} has none")
+    (made,), verified = speculate.generations(
+        speaker.model,
+        speaker.prepared,
+        [prompt],
+        sampling,
+        policy,
+        speaker.stop_ids,
+        key,
+        block=SPECULATE.value,
+        implementation=cli.FLAGS.implementation,
+        valid_vocab=speaker.valid_vocab,
+    )
+    print(speaker.tokenizer.decode(made.tokens, skip_special=True))
+    about = {
+        "drafted": int(verified.drafted[0]),
+        "accepted": int(verified.accepted[0]),
+        "passes": 1 + verified.steps,
+    }
+    return made, {"tokens_read": None, "tokens_kept": None, "speculation": about}
+
+
+def _streamed(
+    speaker: Speaker, policy: Method, prompt: np.ndarray, sampling: SamplingConfig, key: jax.Array
+) -> tuple[Generation, dict[str, Any]]:
+    tokens, log_probs = [], []
     stream = Selective(speaker, policy).stream(
         [prompt], sampling, key, implementation=cli.FLAGS.implementation
     )
@@ -65,32 +123,36 @@ def main() -> dict[str, Any]:
     print()
     made = Generation(np.array(tokens, np.int32), np.array(log_probs, np.float32), stopped)
     summary = statistics.summary(policy)
-    result = {
-        "text": speaker.tokenizer.decode(made.tokens, skip_special=True),
-        "tokens": len(made.tokens),
-        "prompt_tokens": len(prompt),
-        "stopped": made.stopped,
+    return made, {
         "tokens_read": summary["tokens_read"],
         "tokens_kept": summary.get("tokens_kept"),
+        "speculation": None,
     }
-    if DENSE.value:
-        (again,) = pipeline.rollback(
-            speaker.model,
-            speaker.prepared,
-            [prompt],
-            [made],
-            sampling,
-            speaker.stop_ids,
-            key,
-            implementation=cli.FLAGS.implementation,
-            valid_vocab=speaker.valid_vocab,
-        )
-        result["dense"] = {
-            "text": speaker.tokenizer.decode(again.dense.tokens, skip_special=True),
-            "agreement": again.agreement,
-            "edit_distance": again.edit_distance,
-        }
-    return result
+
+
+def _dense(
+    speaker: Speaker,
+    prompt: np.ndarray,
+    made: Generation,
+    sampling: SamplingConfig,
+    key: jax.Array,
+) -> dict[str, Any]:
+    (again,) = pipeline.rollback(
+        speaker.model,
+        speaker.prepared,
+        [prompt],
+        [made],
+        sampling,
+        speaker.stop_ids,
+        key,
+        implementation=cli.FLAGS.implementation,
+        valid_vocab=speaker.valid_vocab,
+    )
+    return {
+        "text": speaker.tokenizer.decode(again.dense.tokens, skip_special=True),
+        "agreement": again.agreement,
+        "edit_distance": again.edit_distance,
+    }
 
 
 if __name__ == "__main__":

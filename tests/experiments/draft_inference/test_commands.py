@@ -142,13 +142,16 @@ def test_adapt_then_tune_and_explain(pair, tmp_path):
         f"--workdir={tmp_path}/rows",
     )
     assert [row["budget"] for row in result["rows"]] == [168, 171]
-    written, _ = commands.run(
-        "draft_inference.generate",
-        *(*TARGET, target, f"--draft={tmp_path}/adapted", f"--prompt={'word by word, ' * 12}"),
-        *("--budget=40", "--max_new_tokens=3", "--nochat"),
+    asked = (
+        *("draft_inference.generate", *TARGET, target, f"--draft={tmp_path}/adapted"),
+        *(f"--prompt={'word by word, ' * 12}", "--budget=40", "--max_new_tokens=3", "--nochat"),
     )
+    written, _ = commands.run(*asked)
     assert written["tokens_kept"] == 40
     assert 0 <= written["dense"]["agreement"] <= 1
+    again, _ = commands.run(*asked, "--speculate=2", "--nodense")
+    assert again["text"] == written["text"]
+    assert 1 <= again["speculation"]["passes"] <= 3
     explained, _ = commands.run(
         "draft_inference.explain",
         *(*TARGET, target, f"--draft={tmp_path}/adapted", f"--prompts={file}"),
