@@ -233,7 +233,10 @@ def cast(config: ModelConfig, params: Params) -> Params:
 
 def prepare(config: ModelConfig, params: Params) -> Params:
     """`cast`, and every layer by itself (`transformer.unstacked`), which decoding steps read
-    without a copy. What is so already is shared; stacked layers are copied."""
+    without a copy. What is so already is shared; stacked layers are copied, and arrays of the host
+    go to the device once."""
+    if all(isinstance(x, np.ndarray) for x in jax.tree.leaves(params)):
+        return cast(config, transformer.unstacked(params))
     return transformer.unstacked(cast(config, params))
 
 

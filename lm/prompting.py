@@ -2,7 +2,6 @@
 """A checkpoint with all that it takes to put a prompt to it: tokenizer, template, stop tokens."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,17 +23,12 @@ class Speaker:
     """A model that can be talked to; `template` None when the tokenizer comes without one."""
 
     model: ModelConfig
-    params: Params  # in the compute dtype
+    params: Params  # as decoding wants them (`lm.generate.prepare`)
     tokenizer: tokenizers.Tokenizer
     template: chat.ChatTemplate | None
     stop_ids: tuple[int, ...]
     valid_vocab: int | None
     bos: str = ""  # opens a text that no template renders
-
-    @functools.cached_property
-    def prepared(self) -> Params:
-        """The parameters as decoding wants them (`lm.generate.prepare`)."""
-        return generate.prepare(self.model, self.params)
 
     def rendered(self, text: str, *, chat: bool | None = None, system: str | None = None) -> str:
         """The whole text of one prompt.
@@ -81,7 +75,7 @@ class Speaker:
         """`lm.generate.stream` of this model, with its options."""
         return generate.stream(
             self.model,
-            self.prepared,
+            self.params,
             prompts,
             sampling,
             self.stop_ids,
@@ -106,7 +100,7 @@ def of_run(
     tokenizer = resolved.tokenizer
     return Speaker(
         model=model,
-        params=generate.cast(model, params),
+        params=generate.prepare(model, params),
         tokenizer=tokenizer,
         template=chat.load_template(template, tokenizer) if template else resolved.template,
         stop_ids=tokenizer.stop_ids,
@@ -134,7 +128,7 @@ def load_hf(
     _, params = weights.load(path, dtype=model.dtype)
     return Speaker(
         model=model,
-        params=generate.cast(model, params),
+        params=generate.prepare(model, params),
         tokenizer=tokenizer,
         template=named,
         stop_ids=_stop_ids(path, tokenizer),

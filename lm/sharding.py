@@ -2,8 +2,9 @@
 """One rules table from logical dimensions to mesh axes, and everything that is derived from it."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,7 +111,7 @@ class Sharding:
             keys = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
             if not keys or np.ndim(x) == 0:
                 return NamedSharding(self.mesh, PartitionSpec())
-            dims = dims_of(keys)
+            dims = dims_of(keys)[_apart(path) :]
             for size, dim in zip(np.shape(x), dims, strict=True):
                 if dim is not None and size % self.size(dim):
                     raise UserError(
@@ -123,6 +124,15 @@ class Sharding:
 
     def shard_map(self, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
         return jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _apart(path: Sequence[Any]) -> bool:
+    """Whether this is a parameter of one layer that is kept by itself: it has no layers' axis."""
+    pairs = itertools.pairwise(path)
+    return any(
+        getattr(one, "key", None) == "layers" and isinstance(two, jax.tree_util.SequenceKey)
+        for one, two in pairs
+    )
 
 
 def make(config: MeshConfig, model: ModelConfig, devices: Any = None) -> Sharding | None:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lm import layers
@@ -195,14 +196,14 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
 def unstacked(params: Params) -> Params:
     """The same parameters with `layers` as a tuple of one tree a layer, copied out of the stack
-    once; those of layers that are apart already are shared."""
+    once; layers that are apart already are shared, and those of NumPy are views."""
     stack = params["layers"]
     if isinstance(stack, tuple):
         return params
-    return {**params, "layers": _apart(stack)}
+    host = isinstance(jax.tree.leaves(stack)[0], np.ndarray)
+    return {**params, "layers": (_apart if host else jax.jit(_apart))(stack)}
 
 
-@jax.jit
 def _apart(stack: Params) -> tuple[Params, ...]:
     leaves, tree = jax.tree.flatten(stack)
     return tuple(tree.unflatten(layer) for layer in zip(*leaves, strict=True))

@@ -35,12 +35,13 @@ def hashes(
 
 
 def digest(params: transformer.Params) -> str:
-    """Of a part of every parameter (of the last layer, where they are stacked), in bfloat16: the
-    same for a checkpoint and its export in another dtype, another for one that trained on."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    """Of a part of every parameter, of the last layer among layers, in bfloat16: the same for
+    a checkpoint and its export in another dtype, another for one that trained on."""
+    found, layers = hashlib.sha256(), params["layers"]
+    apart = isinstance(layers, tuple)
+    last = layers[-1] if apart else jax.tree.map(lambda x: x[-1], layers)
+    for path, part in jax.tree_util.tree_leaves_with_path({**params, "layers": last}):
         keys = [entry.key for entry in path]
-        part = leaf[-1] if keys[0] == "layers" else leaf
         part = np.asarray(part[: _DIGESTED // max(int(np.prod(part.shape[1:])), 1) + 1])
         found.update("/".join(keys).encode())
         found.update(part.reshape(-1)[:_DIGESTED].astype(jnp.bfloat16).tobytes())

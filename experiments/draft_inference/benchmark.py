@@ -112,7 +112,7 @@ def _target(
         path = pathlib.Path(TARGET.value)
         load = prompting.load_hf if setup.is_hf(path) else prompting.load_workdir
         speaker = load(path, dtype=cli.FLAGS.dtype)
-        return speaker.model, speaker.prepared, speaker.valid_vocab
+        return speaker.model, speaker.params, speaker.valid_vocab
     resolved = setup.resolve(config)
     model, layers = _typed(resolved.model), cli.FLAGS.layers
     if layers == 0:

@@ -84,7 +84,7 @@ def _speculated(
         raise UserError(f"--speculate verifies what a draft wrote; {METHOD.value} has none")
     (made,), verified = speculate.generations(
         speaker.model,
-        speaker.prepared,
+        speaker.params,
         [prompt],
         sampling,
         policy,
@@ -139,7 +139,7 @@ def _dense(
 ) -> dict[str, Any]:
     (again,) = pipeline.rollback(
         speaker.model,
-        speaker.prepared,
+        speaker.params,
         [prompt],
         [made],
         sampling,

@@ -101,7 +101,7 @@ def _model(
             raise UserError("--layers cuts a random model, not a checkpoint")
         load = prompting.load_workdir if HF_DIR.value is None else prompting.load_hf
         speaker = load(pathlib.Path(paths[0]), dtype=cli.FLAGS.dtype)
-        return speaker.model, lambda: speaker.prepared, speaker.valid_vocab
+        return speaker.model, lambda: speaker.params, speaker.valid_vocab
     resolved = setup.resolve(config)
     model = dataclasses.replace(resolved.model, dtype=cli.FLAGS.dtype or resolved.model.dtype)
     layers = cli.FLAGS.layers

@@ -244,7 +244,7 @@ class _Sequential(_Run):
             static, prompts, (), key, None, None
         )
         size = len(groups[0])
-        self.params = speaker.prepared
+        self.params = speaker.params
         self.arguments = [
             (*(x[first : first + size] for x in (tokens, lengths, indices)), self.stops, key)
             for first in range(0, len(prompts), size)
@@ -290,7 +290,7 @@ class _Threaded(_Run):
             speaker, programs, rules, options.implementation
         )
         size = len(groups[0])
-        self.params = speaker.prepared
+        self.params = speaker.params
         firsts = range(0, len(programs), size)
         self.prompts = [(tokens[i : i + size], lengths[i : i + size]) for i in firsts]
         script = verify_pool.script_of(programs)

@@ -164,11 +164,11 @@ def speak(
         program = _program(speaker, rules, settings, ids, sharding, implementation)
         least = batch if len(order) > batch else 0
         arguments = request(program, ids, seed, indices=chosen, least=least)
-        state = prefill(program, speaker.prepared, known, *arguments)
+        state = prefill(program, speaker.params, known, *arguments)
         # compiles, and draws nothing
-        state = jax.block_until_ready(advance(program, speaker.prepared, known, state, 0))
+        state = jax.block_until_ready(advance(program, speaker.params, known, state, 0))
         began = time.perf_counter()
-        state = advance(program, speaker.prepared, known, state, _ENDLESS)
+        state = advance(program, speaker.params, known, state, _ENDLESS)
         state = jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         host = jax.device_get(state.threads)
@@ -227,8 +227,8 @@ def speak_in_pieces(
     ids = [encode(speaker, prompt)]
     known = _known(speaker)
     program = _program(speaker, rules, settings, ids, None, implementation)
-    state = prefill(program, speaker.prepared, known, *request(program, ids, seed))
-    state = advance(program, speaker.prepared, known, state, 0)  # compiles, and draws nothing
+    state = prefill(program, speaker.params, known, *request(program, ids, seed))
+    state = advance(program, speaker.params, known, state, 0)  # compiles, and draws nothing
     seconds, shown = 0.0, ""
     while True:
         host = jax.device_get(state.threads)
@@ -237,7 +237,7 @@ def speak_in_pieces(
         new, shown = _unseen(reading.final(host, 0, speaker, rules.form), shown)
         yield from new
         began = time.perf_counter()
-        state = advance(program, speaker.prepared, known, state, int(host.step) + chunk)
+        state = advance(program, speaker.params, known, state, int(host.step) + chunk)
         state = jax.block_until_ready(state)
         seconds += time.perf_counter() - began
     texts = _text(speaker, prompt), ids[0]

@@ -139,7 +139,7 @@ def force(
     rules = Rules(rows, _up(max(longest) + 1), scheme)
     program, known, tokens, lengths = arguments(speaker, programs, rules, implementation)
     script = jnp.asarray(script_of(programs, free_blocks))
-    params = speaker.prepared
+    params = speaker.params
     state, first = begin(program, params, known, tokens, lengths, script)
     found = [{(0, int(n) - 1): x} for n, x in zip(lengths, np.asarray(first), strict=True)]
     mains = lengths.copy()
@@ -221,7 +221,7 @@ def sequential_mismatches(
         )
         plain = generate.generate(
             speaker.model,
-            speaker.prepared,
+            speaker.params,
             prompts,
             settings.sampling,
             speaker.stop_ids,

@@ -47,7 +47,7 @@ class Drafting:
         )
         return decode.stream(
             target,
-            speaker.prepared,
+            speaker.params,
             Heads(self.config, chains),
             self.head,
             prompts,

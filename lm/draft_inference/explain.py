@@ -69,7 +69,7 @@ def explain(
     """
     if not isinstance(method, Drafted):
         raise UserError("only methods with a draft can be explained")
-    given = speaker.model, speaker.prepared, [prompt]
+    given = speaker.model, speaker.params, [prompt]
     sampling, key = SamplingConfig(max_new_tokens=new_tokens), jax.random.key(0)
     rest = {"implementation": implementation, "valid_vocab": speaker.valid_vocab}
     (found,) = pipeline.audit(*given, sampling, method, speaker.stop_ids, key, **rest)

@@ -306,7 +306,7 @@ class Judge:
                 prompts = [p[: max(n, 1)] for p, n in zip(prompts, cuts, strict=True)]
             made, statistics = decode.decode(
                 speaker.model,
-                speaker.prepared,
+                speaker.params,
                 prompts,
                 sampling,
                 policy,
@@ -336,7 +336,7 @@ class Judge:
         )
         prompts = questions.prompts[: self.options.batch_size]
         timing = decode.measure(
-            program, speaker.prepared, prompts, jax.random.key(0), questions.length
+            program, speaker.params, prompts, jax.random.key(0), questions.length
         )
         return timing.summary(len(prompts))
 

@@ -34,7 +34,7 @@ class Selective:
         speaker = self.speaker
         return decode.stream(
             speaker.model,
-            speaker.prepared,
+            speaker.params,
             prompts,
             sampling,
             self.policy,

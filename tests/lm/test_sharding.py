@@ -95,6 +95,9 @@ def test_specs_follow_one_table():
     assert specs["layers"]["mlp"]["down"]["kernel"] == P(None, ("tensor",), ("fsdp",))
     assert specs["unembed"]["table"] == P(("tensor",), ("fsdp",))
     assert specs["final_norm"]["scale"] == P(None)
+    shapes = jax.eval_shape(transformer.unstacked, transformer.abstract(MODEL)[1])
+    last = mesh.params(shapes)["layers"][-1]
+    assert last["attention"]["q"]["kernel"].spec == P(("fsdp",), ("tensor",), None)
     with pytest.raises(ValueError, match="twice"):
         mesh.spec("heads", "mlp")
 

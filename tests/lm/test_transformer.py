@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import contexts, lora, transformer
+from lm import contexts, lora, transformer, tuned
 from lm.config import LoraConfig, ModelConfig
 from ops.visibility import Visibility
 
@@ -86,6 +86,18 @@ def test_remat_changes_nothing(remat, inputs):
     plain = jax.jit(jax.grad(loss), static_argnums=1)(params, "none")
     again = jax.jit(jax.grad(loss), static_argnums=1)(params, remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
+
+
+def test_layers_apart_are_the_same_model(inputs):
+    params = transformer.init(CONFIG, jax.random.key(0))
+    visibility = Visibility.causal(2, 12)
+    expected = run(CONFIG, params, *inputs, visibility)
+    apart = transformer.unstacked(params)
+    np.testing.assert_allclose(run(CONFIG, apart, *inputs, visibility), expected, atol=1e-5)
+    assert transformer.unstacked(apart) is apart
+    host = transformer.unstacked(jax.tree.map(np.asarray, params))
+    jax.tree.map(np.testing.assert_array_equal, apart, host)
+    assert tuned.digest(apart) == tuned.digest(params)
 
 
 def test_what_is_recomputed(inputs):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from lm import transformer
 from lm.config import ModelConfig, to_dict
 from lm.errors import UserError
 from lm.hf import weights
@@ -88,6 +89,7 @@ def test_weights_speak_as_the_run_did(tmp_path):
     (folder / "run.json").write_text(json.dumps(to_dict(config)))
     weights.save(folder, MODEL, params, tokenizer=small.speaker().tokenizer, dtype="bfloat16")
     found = study.speaker(work, "model", LongContextConfig)
+    params = transformer.unstacked(params)
     for mine, kept in zip(jax.tree.leaves(params), jax.tree.leaves(found.params), strict=True):
         np.testing.assert_array_equal(np.asarray(mine, jax.numpy.bfloat16), kept)
     assert found.bos == ""  # a run's prompts are opened by nothing
