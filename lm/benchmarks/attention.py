@@ -102,7 +102,7 @@ class _Entry:
     """A contender that serves."""
 
     def __init__(self, name: str, prepared: Prepared):
-        self.name, self.params = name, prepared
+        self.name, self.prepared = name, prepared
         self.watch = Stopwatch(prepared.run, prepared.wait)
         self.difference = 0.0  # from the first contender's results
 

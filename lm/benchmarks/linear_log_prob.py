@@ -63,7 +63,7 @@ class Entry:
     """A contender that serves, and how far its value and gradients are from the first one's."""
 
     def __init__(self, name: str, prepared: Prepared):
-        self.name, self.params = name, prepared
+        self.name, self.prepared = name, prepared
         self.watch = Stopwatch(prepared.run, prepared.wait)
         self.differences: dict[str, float] = {}
 
