@@ -3,8 +3,10 @@
 
 import dataclasses
 
-from lm.config import Config, require_positive
+from lm.config import Config, require_choice, require_positive
 from lm.errors import UserError
+
+PACES = ("documents", "doublings")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,13 +15,16 @@ class TasksConfig:
 
     Documents are made on the fly from `data.seed`, each with samples of a length drawn between
     `min_length` and a bound that grows to `max_length` over the first `growth` documents: copying
-    from afar is learnt first where it is near.
+    from afar is learnt first where it is near. `pace` says how: "documents" adds as much with every
+    document, "doublings" doubles the bound in about as many tokens each time, so that most
+    documents of the way are short.
     """
 
     names: tuple[str, ...] = ("niah_single_1", "niah_multikey_2", "passkey", "kv_retrieval")
     min_length: int = 128  # tokens of a training sample: context, one question, its answer
     max_length: int = 512  # at most data.seq_len, where more questions about the context follow
     growth: int = 0  # documents; 0: every length from the start
+    pace: str = "documents"
     questions: int = 8  # at most so many about one haystack, each unseen by the others
     text_weight: float = 0.05  # of a token that is no answer, where an answer's token counts 1
     haystack: str = ""  # a text file: the essay that some tasks hide their needles in
@@ -37,6 +42,7 @@ class TasksConfig:
             )
         if self.growth < 0:
             raise UserError(f"tasks.growth={self.growth} must not be negative")
+        require_choice("tasks.pace", self.pace, PACES)
         require_positive("tasks.questions", self.questions)
         if not 0 <= self.text_weight <= 1:
             raise UserError(f"tasks.text_weight={self.text_weight} must be in [0, 1]")

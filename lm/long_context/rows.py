@@ -193,6 +193,10 @@ def longest(config: TasksConfig, number: int) -> int:
     """The bound in tokens on document `number`."""
     if number >= config.growth:
         return config.max_length
+    if config.pace == "doublings":
+        # a document takes tokens as the bound does: where its reciprocal falls evenly, time is log
+        share = number / config.growth
+        return int(1 / ((1 - share) / config.min_length + share / config.max_length))
     grown = (config.max_length - config.min_length) * number // config.growth
     return config.min_length + grown
 

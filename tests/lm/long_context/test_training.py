@@ -158,11 +158,24 @@ def test_lengths_grow():
     assert rows.longest(config, 0) == 350
     assert rows.longest(config, 200) == 975
     assert rows.longest(config, 400) == rows.longest(config, 10**9) == 1600
+
     made = rows.Documents(config, 0, BYTES, 2000)
     early = [max(sample_lengths(made[i])) for i in range(20)]
     late = [max(sample_lengths(made[i])) for i in range(400, 420)]
     assert np.mean(early) < 600
     assert max(late) > 1200
+
+
+def test_the_bound_doubles_in_as_many_tokens_each_time():
+    config = dataclasses.replace(
+        SHORT, min_length=100, max_length=1600, growth=100_000, pace="doublings"
+    )
+    bounds = np.array([rows.longest(config, n) for n in range(config.growth + 1)])
+    tokens = np.cumsum(bounds)
+    ends = [tokens[np.searchsorted(bounds, 2**n * 100)] for n in range(1, 5)]
+    spent = np.diff([0, *ends])
+    assert bounds[0] == 100 and bounds[-1] == 1600
+    assert spent.max() < 1.02 * spent.min()
 
 
 def test_a_stream_goes_on_from_where_it_was():
@@ -282,6 +295,7 @@ def test_a_checkpoint_keeps_its_tokenizer(finished, tmp_path):
         ({"min_length": 600}, "below tasks.min_length"),
         ({"text_weight": 1.5}, "text_weight"),
         ({"growth": -1}, "growth"),
+        ({"pace": "slow"}, "pace"),
         ({"questions": 0}, "questions"),
         ({"eval_lengths": (0,)}, "eval_lengths"),
         ({"eval_samples": 0}, "eval_samples"),
