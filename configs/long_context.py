@@ -146,7 +146,7 @@ def retrieval() -> ConfigDict:
     config.data.seq_len = 8192
     config.tasks.names = (*config.tasks.names, "niah_multikey_3", "vt")
     config.tasks.max_length = 2048
-    config.tasks.growth = 750000
+    config.tasks.growth = 550000
     config.tasks.pace = "doublings"
     config.tasks.eval_lengths = (1024, 2048, 4096)
     config.tasks.eval_samples = 100

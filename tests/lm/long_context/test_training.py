@@ -174,7 +174,8 @@ def test_the_bound_doubles_in_as_many_tokens_each_time():
     tokens = np.cumsum(bounds)
     ends = [tokens[np.searchsorted(bounds, 2**n * 100)] for n in range(1, 5)]
     spent = np.diff([0, *ends])
-    assert bounds[0] == 100 and bounds[-1] == 1600
+    assert bounds[0] == 100
+    assert bounds[-1] == 1600
     assert spent.max() < 1.02 * spent.min()
 
 
