@@ -144,7 +144,8 @@ def pareto(rows: Sequence[Row], speed: str) -> Figure:
     best = [points[i] for i in front.front(points)]
     axes.step(
         [x for _, x in best], [y for y, _ in best], where="pre", color="#999999", linewidth=1.2,
-        linestyle=(0, (3, 2)), zorder=0, label="Pareto front",
+        linestyle=(0, (3, 2)), zorder=0,
+        label=f"Pareto front, area {front.hypervolume(points):.3f}",
     )  # fmt: skip
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [r for r in rows if r["method"] == method and r.get("lambda") is not None]
