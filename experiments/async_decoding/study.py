@@ -14,12 +14,12 @@ before the next one is trained; --config.data.eval_conversations questions are a
 
 Within --minutes every stage saves what it has and the command ends with status 0; the same command
 goes on from there, and nothing that is finished is done again. DIR/weights, DIR/answers and
-DIR/eval.jsonl are all that it needs on another machine; what is lost with DIR/runs is a training, or
-the rounds of a lambda, that had not ended. --plan only says what the trainings of SFT cost.
+DIR/eval.jsonl are all that it needs on another machine; what is lost with DIR/runs is a training,
+or the rounds of a lambda, that had not ended. --plan only says what the trainings of SFT cost.
 
 The last line is {"stage": name, "done": true | false, "rows": [{"name": ..., "lambda": x | "inf" |
 null, "quality": x, "speedup_critical_path": x, "speedup_wall": x, "realised": x, ...}],
-"held_out_loss": {scheme: x}, "hypervolume": {speed: {family: x}}, "dominated": {speed: {name: true
+"held_out_loss": {scheme: x}, "no_pairs": {name: reason}, "hypervolume": {speed: {family: x}}, "dominated": {speed: {name: true
 | false}}, "plots": [paths]}: `dominated` says whether some lambda is as good in both.
 """
 

@@ -49,6 +49,10 @@ DONE, COUNTS = "done.json", "counts.json"
 KIND = "preference"  # of the rows in eval.jsonl
 
 
+class NoPairs(RunError):
+    """No prompt of a round gives a best and a worst sample."""
+
+
 def run(
     config: RunConfig,
     workdir: Workdir,
@@ -64,7 +68,8 @@ def run(
 
     Raises:
       UserError: a config that cannot run, or a workdir with samples of other settings.
-      RunError: no prompt of a round gives a pair, or training broke.
+      NoPairs: a round has nothing to train on; those before it are kept.
+      RunError: training broke.
       OutOfTime: of the clock, with what was drawn kept.
     """
     if jax.process_count() > 1:
@@ -279,7 +284,7 @@ class _Round:
             chosen, counts = self._choose(answers)
             say(f"round {self.number}: {len(chosen)} pairs; " + _in_words(counts))
             if not chosen:
-                raise RunError(f"round {self.number}: no prompt gives a pair: {_in_words(counts)}")
+                raise NoPairs(f"round {self.number}: no prompt gives a pair: {_in_words(counts)}")
             rows = self._layouts(answers, chosen)
             found = bonbon.reference_of(
                 self.resolved, self._start(), rows, self.study.config.train.batch_size

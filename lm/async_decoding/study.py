@@ -83,8 +83,9 @@ def run(
     lambdas: the first two are of stage "preference", the others of "lambdas".
 
     Returns `stage`, `done`, `rows` (of all models that were measured), `held_out_loss` by scheme,
-    `hypervolume` by speed-up and family of points, `dominated`: whether the lambdas are as good as
-    each of the others in both quality and speed; and after "plot" `plots`.
+    `no_pairs` (lambdas whose first round had none, which leaves `predicted` as it is),
+    `hypervolume` by speed-up and family of points, `dominated` (whether some lambda is as good as
+    each of the others in both quality and speed), and after "plot" `plots`.
 
     Raises UserError, also for a stage whose predecessors are missing, DataError and RunError.
     """
@@ -170,12 +171,12 @@ class _Recipe:
                         f"{work.workdir.path}: {name} was made by another config: take another "
                         "--workdir"
                     )
-            if not _has(work.workdir, kind, name):
+            if not any(_has(work.workdir, one, name) for one in (kind, "no_pairs")):
                 work.clock.check()
-                self._train(work, name)
-                self._rows(work, name)
+                if self._train(work, name):
+                    self._rows(work, name)
                 if name != START:
-                    shutil.rmtree(work.weights(name))
+                    shutil.rmtree(work.weights(name), ignore_errors=True)
         return {}
 
     def _digest(self, name: str) -> str:
@@ -183,10 +184,11 @@ class _Recipe:
         text = json.dumps([values[section] for section in self.sections(name)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def _train(self, work: Study, name: str) -> None:
-        """Leaves weights/NAME, and rows of the training. Raises OutOfTime."""
-        folder = Workdir(work.runs / name)
-        if name in self.weights:
+    def _train(self, work: Study, name: str) -> bool:
+        """Leaves weights/NAME, and rows of the training; False where preference optimisation has no
+        pairs to begin with, which leaves a row that says so. Raises OutOfTime."""
+        folder, preferred = Workdir(work.runs / name), name in self.weights
+        if preferred:
             self._train(work, START)  # only where it is not there any more
             config = self.config_of(name, str(work.weights(START)))
             own = config.preference
@@ -196,13 +198,22 @@ class _Recipe:
         else:
             config, newest = self.config_of(name), folder.path
             call = functools.partial(training.run, config, folder)
-        if not studies.trained(work, name, config, call, newest, self.sections(name)):
-            raise OutOfTime
+        try:
+            if not studies.trained(work, name, config, call, newest, self.sections(name)):
+                raise OutOfTime
+        except preference.NoPairs as error:
+            newest = runs.newest(folder.path)
+            if newest == folder.path:
+                self._add(work, name, {"kind": "no_pairs", "reason": str(error)})
+                return False
+            say(f"{error}: the round before is the last")
+            studies.keep(newest, work.weights(name))
         if not _has(work.workdir, "training", name):
-            self._add(work, name, {"kind": "training", **studies.metrics(work, name)})
-        if name in self.weights and not _has(work.workdir, preference.KIND, name):
-            for row in _of_kind(folder, preference.KIND):
+            number = {"round": int(newest.name.removeprefix(runs.ROUND))} if preferred else {}
+            self._add(work, name, {"kind": "training", **studies.metrics(work, name), **number})
+            for row in _of_kind(folder, preference.KIND) if preferred else ():
                 self._add(work, name, row)
+        return True
 
     def _rows(self, work: Study, name: str) -> None:
         """The rows of a trained model. Raises OutOfTime."""
@@ -223,6 +234,9 @@ class _Recipe:
         if against is None:
             raise UserError(f"{answers.path.parent} has lost what {BASELINE} answered")
         row = evaluate.row_of(found, against, asked, options)
+        for one in _of_kind(work.workdir, "training"):
+            if one["name"] == name and "round" in one:
+                row["round"] = one["round"]
         self._add(work, name, {**row, "source": self.config.data.source})
 
     def _add(self, work: Study, name: str, row: dict[str, Any]) -> None:
@@ -258,6 +272,7 @@ def _outcome(workdir: Workdir) -> dict[str, Any]:
     out: dict[str, Any] = {
         "rows": [{key: row.get(key) for key in _COLUMNS} for row in rows],
         "held_out_loss": {row["name"]: row["loss"] for row in _of_kind(workdir, "held_out")},
+        "no_pairs": {row["name"]: row["reason"] for row in _of_kind(workdir, "no_pairs")},
         "hypervolume": {},
         "dominated": {},
     }
