@@ -19,8 +19,9 @@ or the rounds of a lambda, that had not ended. --plan only says what the trainin
 
 The last line is {"stage": name, "done": true | false, "rows": [{"name": ..., "lambda": x | "inf" |
 null, "quality": x, "speedup_critical_path": x, "speedup_wall": x, "realised": x, ...}],
-"held_out_loss": {scheme: x}, "no_pairs": {name: reason}, "hypervolume": {speed: {family: x}}, "dominated": {speed: {name: true
-| false}}, "plots": [paths]}: `dominated` says whether some lambda is as good in both.
+"held_out_loss": {scheme: x}, "no_pairs": {name: reason}, "hypervolume": {speed: {family: x}},
+"dominated": {speed: {name: true | false}}, "plots": [paths]}: `dominated` says whether some lambda
+is as good in both, `no_pairs` names lambdas that found nothing to prefer.
 """
 
 from typing import Any
