@@ -135,7 +135,7 @@ def study() -> ConfigDict:
     config.requests.update(min_parts=5, max_parts=8, min_steps=6, max_steps=8, max_operand=5)
     config.data.eval_conversations = 100
     config.train.steps = 2500
-    config.train.epochs = 2  # of a round's pairs
+    config.train.epochs = 4  # of a round's pairs: 64 steps at most
     config.train.log_every = 50
     config.sampling.max_new_tokens = 720
     return config

@@ -89,7 +89,8 @@ def draw(
     if timed:
         found["benchmark"] = speeds(timed)
     for name, answer in (answers or {}).items():
-        slug = "".join(letter if letter.isalnum() else "_" for letter in name)
+        plain = name.replace("λ=", "lambda ").replace("∞", "inf")  # in names of files
+        slug = "".join(letter if letter.isalnum() else "_" for letter in plain)
         found[f"timeline_{slug}"] = timeline(answer, name)
     return found
 

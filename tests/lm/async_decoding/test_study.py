@@ -130,7 +130,7 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     assert result["dominated"]["speedup_critical_path"] == {"predicted": True, "sot": True}
     names = {path.rpartition("/")[2] for path in result["plots"]}
     assert {"front_critical_path.png", "front_wall.png", "front_by_round.png"} < names
-    assert "timeline_async_predicted.png" in names
+    assert {"timeline_async_predicted.png", "timeline_async_predicted_lambda_2.png"} < names
 
     kept = Workdir(tmp_path).rows("eval.jsonl")
     losses = [row for row in kept if row["kind"] == "held_out"]
