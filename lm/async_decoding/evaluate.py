@@ -2,8 +2,8 @@
 """Quality and speed of trained runs on held-out questions, each beside the sequential baseline.
 
 What a run answered is kept in evaluation/ of its workdir under a key of the weights, the questions
-and the settings; a rerun takes it from there. Rows are made from that and from the baseline's, so
-that another baseline needs no new answers.
+and the settings, question by question; a rerun takes it from there. Rows are made from that and
+from the baseline's, so that another baseline needs no new answers.
 
 Speed-up on the critical path: tokens of the baseline's answer over decoder steps of this one.
 Speed-up on the wall: the ratio of the two decoding times, only at batch 1, where each question is
@@ -35,6 +35,7 @@ from lm.config import SamplingConfig, require_positive
 from lm.errors import UserError
 from lm.long_context import quality as intervals
 from lm.progress import Progress, say
+from lm.stages import UNLIMITED, Clock
 from lm.transformer import Params
 from lm.workdir import Workdir
 
@@ -154,41 +155,68 @@ def measure(
     asked: Sequence[Question],
     make: MakeSampler,
     options: Options,
+    clock: Clock = UNLIMITED,
+    workdir: Workdir | None = None,
 ) -> Measured:
-    """The answers of a run, from its workdir where they are there."""
+    """The answers of a run, from a workdir where they are there.
+
+    path: a workdir, or what `lm.studies` kept of one.
+    workdir: where answers are kept; None: `path`.
+
+    Raises UserError, and OutOfTime of the clock with what was answered kept.
+    """
     loaded, params = runs.load(path)
     key = _key(loaded, params, config, asked, options)
-    workdir = Workdir(path)
-    file = workdir.path / FOLDER / f"{key}.json"
-    if file.exists():
+    workdir = workdir or Workdir(path)
+    found = kept(workdir, key)
+    if found is not None:
         say(f"{path}: answered before")
-        return Measured(**json.loads(file.read_text()))
-    sampler = sampler_of(loaded, params, make, config.sampling)
-    answers = _answers(sampler, asked, options, str(path))
-    scorer, tokenizer = quality.scorer(options.scorer), loaded.setup.tokenizer
-    records = [
-        {
-            "prompt": question.prompt,
-            "quality": scorer(question, answer.assembly),
-            "consistency": quality.consistency(answer.assembly),
-            "text": answer.text,
-            "decoded": answer.decoded,
-            "steps": max(answer.steps, 1),
-            "seconds": answer.seconds,
-            "finished": answer.finished,
-            "well_formed": loaded.config.threads.form != "async"
-            or pairs.well_formed(answer, tokenizer, tokenizer.stop_ids),
-            "warnings": dict(answer.assembly.warnings),
-        }
-        for question, answer in zip(asked, answers, strict=True)
-    ]
-    most = sorted(answers, key=lambda answer: -len(answer.threads))[:_TIMELINES]
-    found = Measured(
-        key, about(loaded, path), records, [timeline(answer, loaded) for answer in most]
-    )
-    file.parent.mkdir(exist_ok=True)
+        return found
+    (workdir.path / FOLDER).mkdir(parents=True, exist_ok=True)
+    sampler, partial = sampler_of(loaded, params, make, config.sampling), f"{FOLDER}/{key}.jsonl"
+    done = workdir.rows(partial)
+    done = done[: len(done) // options.batch_size * options.batch_size]
+    # a line that a kill cut short is written again
+    workdir.write(partial, "".join(json.dumps(row) + "\n" for row in done))
+    with Progress(str(path), len(asked), len(done)) as progress:
+        for first in range(len(done), len(asked), options.batch_size):
+            clock.check()
+            group = asked[first : first + options.batch_size]
+            answers = _answers(sampler, group, first, options)
+            for question, answer in zip(group, answers, strict=True):
+                record = record_of(question, answer, loaded, options.scorer)
+                workdir.append(partial, {"answer": record, "timeline": timeline(answer, loaded)})
+            progress.advance(len(group))
+    done = workdir.rows(partial)
+    most = sorted((row["timeline"] for row in done), key=lambda one: -len(one["threads"]))
+    found = Measured(key, about(loaded, path), [row["answer"] for row in done], most[:_TIMELINES])
     workdir.write(f"{FOLDER}/{key}.json", json.dumps(dataclasses.asdict(found)) + "\n")
+    (workdir.path / partial).unlink()
     return found
+
+
+def kept(workdir: Workdir, key: str = "*") -> Measured | None:
+    """What was measured under a key, by default any; None where nothing was."""
+    files = sorted((workdir.path / FOLDER).glob(f"{key}.json"), key=lambda f: f.stat().st_mtime)
+    return Measured(**json.loads(files[-1].read_text())) if files else None
+
+
+def record_of(question: Question, answer: Answer, loaded: Run, scorer: str) -> dict[str, Any]:
+    """What is kept of an answer."""
+    tokenizer = loaded.setup.tokenizer
+    return {
+        "prompt": question.prompt,
+        "quality": quality.scorer(scorer)(question, answer.assembly),
+        "consistency": quality.consistency(answer.assembly),
+        "text": answer.text,
+        "decoded": answer.decoded,
+        "steps": max(answer.steps, 1),
+        "seconds": answer.seconds,
+        "finished": answer.finished,
+        "well_formed": loaded.config.threads.form != "async"
+        or pairs.well_formed(answer, tokenizer, tokenizer.stop_ids),
+        "warnings": dict(answer.assembly.warnings),
+    }
 
 
 def _key(
@@ -212,18 +240,12 @@ def _key(
 
 
 def _answers(
-    sampler: Sampler, asked: Sequence[Question], options: Options, name: str
+    sampler: Sampler, group: Sequence[Question], first: int, options: Options
 ) -> list[Answer]:
-    out: list[Answer] = []
-    with Progress(name, len(asked)) as progress:
-        for first in range(0, len(asked), options.batch_size):
-            prompts = [one.prompt for one in asked[first : first + options.batch_size]]
-            found = sampler(prompts, options.seed + first)
-            if options.batch_size == 1:
-                found = sampler(prompts, options.seed + first)
-            out += found
-            progress.advance(len(prompts))
-    return out
+    """To the questions of a batch, from number `first` on."""
+    prompts = [one.prompt for one in group]
+    found = sampler(prompts, options.seed + first)
+    return sampler(prompts, options.seed + first) if options.batch_size == 1 else found
 
 
 def about(loaded: Run, path: pathlib.Path) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def draw(
     if timed:
         found["benchmark"] = speeds(timed)
     for name, answer in (answers or {}).items():
-        slug = "".join(letter if letter.isalnum() else "_" for letter in name)
+        plain = name.replace("λ=", "lambda ").replace("∞", "inf")  # in names of files
+        slug = "".join(letter if letter.isalnum() else "_" for letter in plain)
         found[f"timeline_{slug}"] = timeline(answer, name)
     return found
 
@@ -144,7 +145,8 @@ def pareto(rows: Sequence[Row], speed: str) -> Figure:
     best = [points[i] for i in front.front(points)]
     axes.step(
         [x for _, x in best], [y for y, _ in best], where="pre", color="#999999", linewidth=1.2,
-        linestyle=(0, (3, 2)), zorder=0, label="Pareto front",
+        linestyle=(0, (3, 2)), zorder=0,
+        label=f"Pareto front, area {front.hypervolume(points):.3f}",
     )  # fmt: skip
     for method in dict.fromkeys(row["method"] for row in rows):
         own = [r for r in rows if r["method"] == method and r.get("lambda") is not None]

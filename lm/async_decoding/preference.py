@@ -36,6 +36,7 @@ from lm.data import packing
 from lm.data.layout import Layout
 from lm.errors import RunError, UserError
 from lm.progress import Progress, say
+from lm.stages import UNLIMITED, Clock
 from lm.transformer import Params
 from lm.workdir import Workdir
 
@@ -48,22 +49,35 @@ DONE, COUNTS = "done.json", "counts.json"
 KIND = "preference"  # of the rows in eval.jsonl
 
 
+class NoPairs(RunError):
+    """No prompt of a round gives a best and a worst sample."""
+
+
 def run(
-    config: RunConfig, workdir: Workdir, sampler: MakeSampler, scorer: Scorer | None = None
+    config: RunConfig,
+    workdir: Workdir,
+    sampler: MakeSampler,
+    scorer: Scorer | None = None,
+    clock: Clock = UNLIMITED,
 ) -> loop.Result:
     """Runs the rounds that are left; the result is that of the last one.
 
     scorer: by default the one that the config names.
+    clock: what of its time is left is asked before answers are drawn; `stages.train` also stops the
+      training of a round with it.
 
     Raises:
       UserError: a config that cannot run, or a workdir with samples of other settings.
-      RunError: no prompt of a round gives a pair, or training broke.
+      NoPairs: a round has nothing to train on; those before it are kept.
+      RunError: training broke.
+      OutOfTime: of the clock, with what was drawn kept.
     """
     if jax.process_count() > 1:
         raise UserError("preference optimisation runs on one process")
     workdir.create(config)
     workdir.record(config)
-    study = _Study(config, workdir, sampler, scorer or quality.scorer(config.preference.scorer))
+    scorer = scorer or quality.scorer(config.preference.scorer)
+    study = _Study(config, workdir, sampler, scorer, clock)
     result = None
     for number in range(1, config.preference.rounds + 1):
         one = _Round(study, number)
@@ -87,6 +101,7 @@ class _Study:
     workdir: Workdir
     sampler: MakeSampler
     scorer: Scorer
+    clock: Clock
 
     @property
     def own(self) -> PreferenceConfig:
@@ -140,6 +155,7 @@ class _Study:
             at_once = self.own.prompts_at_once * self.own.samples
             with Progress("baseline", len(missing)) as progress:
                 for first in range(0, len(missing), at_once):
+                    self.clock.check()
                     group = missing[first : first + at_once]
                     for prompt, answer in zip(group, draw(group, 0), strict=True):
                         row = {"prompt": _digest(prompt), "tokens": answer.decoded}
@@ -222,6 +238,7 @@ class _Round:
         draw = None
         with Progress(f"round {self.number}: prompts", count, done) as progress:
             for first in range(done, count, own.prompts_at_once):
+                self.study.clock.check()
                 group = self.asked[first : first + own.prompts_at_once]
                 prompts = [one.prompt for one in group for _ in range(own.samples)]
                 draw = draw or self.study.sampler(*self._policy(params), own.temperature)
@@ -267,7 +284,7 @@ class _Round:
             chosen, counts = self._choose(answers)
             say(f"round {self.number}: {len(chosen)} pairs; " + _in_words(counts))
             if not chosen:
-                raise RunError(f"round {self.number}: no prompt gives a pair: {_in_words(counts)}")
+                raise NoPairs(f"round {self.number}: no prompt gives a pair: {_in_words(counts)}")
             rows = self._layouts(answers, chosen)
             found = bonbon.reference_of(
                 self.resolved, self._start(), rows, self.study.config.train.batch_size
@@ -347,6 +364,7 @@ class _Round:
         rows = [row for row in workdir.rows("eval.jsonl") if row.get("kind") == KIND]
         if any(row["round"] == number for row in rows):
             return
+        study.clock.check()
         draw = study.sampler(*self._policy(trained()), 0.0)
         questions, at_once = study.held_out, study.own.prompts_at_once * study.own.samples
         answers: list[Answer] = []

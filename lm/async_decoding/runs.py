@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from lm import lora, setup, sharding, transformer
+from lm import lora, setup, sharding, studies, transformer
 from lm.async_decoding import language, requests
 from lm.async_decoding.config import RunConfig
+from lm.config import LoraConfig, freeze
 from lm.data import sources
 from lm.data.conversations import Conversation
 from lm.errors import UserError
-from lm.hf import embeddings
+from lm.hf import embeddings, weights
 from lm.text import chat, tokenizers
 from lm.text.tokenizers import Tokenizer
 from lm.workdir import Workdir
@@ -75,7 +76,9 @@ def resolve(config: RunConfig, tokenizer_dir: pathlib.Path | None = None) -> Run
     if config.init_from:
         if size > model.vocab_size:
             model = dataclasses.replace(model, vocab_size=padded)
-        imported = setup.is_hf(pathlib.Path(config.init_from)) and model == base.model
+        before = pathlib.Path(config.init_from)
+        own = (before / studies.RUN).exists()  # its table was padded here
+        imported = setup.is_hf(before) and model == base.model and not own
         valid = None if imported or size == model.vocab_size else size
     elif not config.model.vocab_size:
         model = dataclasses.replace(model, vocab_size=padded)
@@ -175,13 +178,30 @@ def newest(path: pathlib.Path) -> pathlib.Path:
 
 
 def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
-    """The newest checkpoint of a run, adapters merged into the weights.
+    """The newest checkpoint of a run, or what `lm.studies` kept of one, adapters merged into the
+    weights.
 
     Raises UserError when it is of another method.
     """
+    if (path / studies.RUN).exists():
+        return _kept(path)
     workdir = Workdir(newest(path))
     run = resolve(workdir.config(RunConfig), workdir.path / "tokenizer")
     params = setup.restored_params(run.setup, workdir)
     model, params = lora.merge_adapters(run.setup.model, params)
     config = dataclasses.replace(run.setup.config, model=model)
     return dataclasses.replace(run, setup=dataclasses.replace(run.setup, config=config)), params
+
+
+def _kept(path: pathlib.Path) -> tuple[Run, transformer.Params]:
+    values = studies.values(path)
+    known = {field.name for field in dataclasses.fields(RunConfig)}
+    config = freeze({name: value for name, value in values.items() if name in known}, RunConfig)
+    config = dataclasses.replace(
+        config,
+        init_from=str(path),
+        model=dataclasses.replace(config.model, lora=LoraConfig()),
+        data=dataclasses.replace(config.data, tokenizer="auto"),
+    )
+    _, params = weights.load(path)
+    return resolve(config), jax.tree.map(jnp.asarray, params)

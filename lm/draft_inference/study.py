@@ -13,6 +13,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from lm import studies
 from lm.config import require_choice, require_positive
 from lm.draft_inference import draft as drafts
 from lm.draft_inference import evaluate, training
@@ -22,7 +23,7 @@ from lm.draft_inference.methods import Methods
 from lm.long_context import figures, study
 from lm.long_context.judge import Judge
 from lm.long_context.options import Options
-from lm.long_context.study import Study
+from lm.studies import Study
 from lm.workdir import Workdir
 
 STAGES = ("train", "evaluate", "plot")
@@ -55,7 +56,7 @@ def run(
         "evaluate": functools.partial(_evaluate, target, options, pairs),
         "plot": _plot,
     }
-    return study.run(target, workdir, calls, stage, minutes)
+    return studies.run(target, workdir, calls, stage, minutes)
 
 
 def _train(
@@ -67,9 +68,9 @@ def _train(
         for stage, config in zip(training.STAGES, both, strict=True):
             name, folder = f"{stage}{number}", work.runs / f"pair{number}"
             call = functools.partial(training.run, *both, folder, (stage,))
-            if not study.trained(work, name, config, call, folder / stage):
+            if not studies.trained(work, name, config, call, folder / stage):
                 return None
-            found[name] = study.metrics(work, name)
+            found[name] = studies.metrics(work, name)
     return {"training": found}
 
 

@@ -13,13 +13,14 @@ import dataclasses
 import functools
 from typing import Any
 
+from lm import studies
 from lm.config import require_choice
 from lm.long_context import evaluate, figures, study, training
 from lm.long_context.judge import ANSWERS, ROWS, Judge
 from lm.long_context.methods import DENSE
 from lm.long_context.options import Options
-from lm.long_context.study import Study
 from lm.prompting import Speaker
+from lm.studies import Study
 from lm.token_select.config import TokenSelectConfig
 from lm.token_select.methods import OWN, Methods
 from lm.workdir import Workdir
@@ -57,15 +58,15 @@ def run(
         "evaluate": functools.partial(_evaluate, config, options),
         "plot": _plot,
     }
-    return study.run(config, workdir, calls, stage, minutes)
+    return studies.run(config, workdir, calls, stage, minutes)
 
 
 def _train(config: TokenSelectConfig, work: Study) -> dict[str, Any] | None:
     folder = work.runs / _MODEL
     call = functools.partial(training.run, config, Workdir(folder))
-    if not study.trained(work, _MODEL, config, call, folder):
+    if not studies.trained(work, _MODEL, config, call, folder):
         return None
-    return {"training": study.metrics(work, _MODEL)}
+    return {"training": studies.metrics(work, _MODEL)}
 
 
 def _evaluate(config: TokenSelectConfig, options: Options, work: Study) -> dict[str, Any]:

@@ -7,15 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from lm import transformer
+from lm import studies, transformer
 from lm.config import ModelConfig, to_dict
 from lm.errors import UserError
 from lm.hf import weights
 from lm.long_context import evaluate, exact, study
 from lm.long_context.config import LongContextConfig
 from lm.long_context.judge import Judge
-from lm.long_context.study import Study
 from lm.stages import UNLIMITED, Clock, OutOfTime
+from lm.studies import Study
 from lm.token_select import study as token_select
 from lm.workdir import Workdir
 from tests.lm.long_context import small
@@ -40,14 +40,14 @@ def test_stages_end_with_the_first_that_is_not_done(tmp_path):
         return call
 
     calls = {name: stage(name) for name in ("a", "b", "c")}
-    done = study.run(CONFIG, Workdir(tmp_path), calls)
+    done = studies.run(CONFIG, Workdir(tmp_path), calls)
     assert done == {"stage": "c", "done": True, "found": "c"}
     late.append("b")
-    assert study.run(CONFIG, Workdir(tmp_path), calls) == {"stage": "b", "done": False}
-    assert study.run(CONFIG, Workdir(tmp_path), calls, stage="c")["done"]
+    assert studies.run(CONFIG, Workdir(tmp_path), calls) == {"stage": "b", "done": False}
+    assert studies.run(CONFIG, Workdir(tmp_path), calls, stage="c")["done"]
     assert ran == ["a", "b", "c", "a", "b", "c"]
     with pytest.raises(UserError, match="--minutes=0 must be above 0"):
-        study.run(CONFIG, Workdir(tmp_path), calls, minutes=0)
+        studies.run(CONFIG, Workdir(tmp_path), calls, minutes=0)
 
 
 def test_answers_outlive_a_call_without_time(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_weights_speak_as_the_run_did(tmp_path):
         np.testing.assert_array_equal(np.asarray(mine, jax.numpy.bfloat16), kept)
     assert found.bos == ""  # a run's prompts are opened by nothing
     call = lambda: pytest.fail("it is there")  # noqa: E731
-    assert study.trained(work, "model", config, call, tmp_path)
+    assert studies.trained(work, "model", config, call, tmp_path)
     longer = LongContextConfig(model=MODEL, train=type(config.train)(steps=7))
     with pytest.raises(UserError, match=r"was trained with train\.steps="):
-        study.trained(work, "model", longer, call, tmp_path)
+        studies.trained(work, "model", longer, call, tmp_path)

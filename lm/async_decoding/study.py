@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole recipe of async decoding on one device: models are trained one after the other, each is
+measured at once, and what is finished is not done again.
+
+| stage | models |
+|---|---|
+| sft | `plain`, the sequential baseline; `predicted`; `fork_join_max` |
+| preference | the first two lambdas, from `predicted` |
+| forms | `sot`, `apar` |
+| lambdas | the other lambdas |
+| schemes | `fork_join_sum`; `oracle`, which cannot be decoded |
+| plot | none: plots/ |
+
+Rows of all models are in eval.jsonl: kind "async" as of `evaluate` at batch 1, "preference" as of
+`preference`, "held_out" (the loss that compares schemes of positions) and "training". answers/NAME
+is what a model answered, weights/predicted what the lambdas start from; weights of another model
+are there until it has its row. Of a model that is half trained, or half through its rounds, nothing
+outlives runs/.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lm import jobs, studies, tables, train
+from lm.async_decoding import (
+    evaluate,
+    figures,
+    front,
+    preference,
+    quality,
+    runs,
+    samplers,
+    training,
+)
+from lm.async_decoding.config import RunConfig
+from lm.async_decoding.runs import Run
+from lm.config import require_choice, to_dict
+from lm.data import packing
+from lm.errors import UserError
+from lm.progress import say
+from lm.stages import OutOfTime
+from lm.studies import Study
+from lm.transformer import Params
+from lm.workdir import Workdir, environment
+
+STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
+LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
+BASELINE, START = "plain", "predicted"
+ROWS = "eval.jsonl"
+_FIRST = 2  # lambdas that come before the other baselines
+# what is trained on data alone
+_SFT = {
+    "sft": (BASELINE, START, "fork_join_max"),
+    "forms": ("sot", "apar"),
+    "schemes": ("fork_join_sum", "oracle"),
+}
+_FORMS = ("plain", "sot", "apar")  # the others are schemes of positions
+_SECTIONS = (*studies.MADE, "threads", "requests")
+_COLUMNS = (
+    *("name", "lambda", "quality", "quality_difference", "speedup_critical_path", "speedup_wall"),
+    *("realised", "tokens", "steps", "well_formed", "n"),
+)
+
+
+def run(
+    config: RunConfig,
+    workdir: Workdir,
+    lambdas: Sequence[float] = LAMBDAS,
+    stage: str = "all",
+    minutes: float | None = None,
+) -> dict[str, Any]:
+    """Runs a stage, or all of them, for at most `minutes`.
+
+    config: of stage "sft"; every model's is made from it.
+    lambdas: the first two are of stage "preference", the others of "lambdas".
+
+    Returns `stage`, `done`, `rows` (of all models that were measured), `held_out_loss` by scheme,
+    `no_pairs` (lambdas whose first round had none, which leaves `predicted` as it is),
+    `hypervolume` by speed-up and family of points, `dominated` (whether some lambda is as good as
+    each of the others in both quality and speed), and after "plot" `plots`.
+
+    Raises UserError, also for a stage whose predecessors are missing, DataError and RunError.
+    """
+    require_choice("--stage", stage, (*STAGES, "all"))
+    if config.threads.stage != "sft":
+        raise UserError("a study begins with SFT: config.stage must be sft")
+    recipe = _Recipe(config, tuple(lambdas))
+    calls = {name: functools.partial(recipe.measure, name) for name in STAGES[:-1]}
+    found = studies.run(config, workdir, calls | {"plot": _plot}, stage, minutes)
+    rows = _of_kind(workdir, evaluate.KIND)
+    if rows:
+        say(tables.text(tables.table(rows, columns=_COLUMNS)))
+    return found | _outcome(workdir)
+
+
+def plan(config: RunConfig) -> dict[str, float]:
+    """Training FLOPs of the models of SFT; says them."""
+    recipe = _Recipe(config, LAMBDAS)
+    # a token sees half of a row at most
+    return {
+        name: studies.plan(name, recipe.config_of(name), config.data.seq_len / 2)
+        for names in _SFT.values()
+        for name in names
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What is trained, by name, and measured."""
+
+    config: RunConfig
+    lambdas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lambdas or len(set(self.lambdas)) < len(self.lambdas):
+            raise UserError(f"lambdas must differ, and be at least one: {self.lambdas}")
+        for weight in self.lambdas:
+            dataclasses.replace(self.config.preference, quality_weight=weight)  # checks it
+
+    @functools.cached_property
+    def weights(self) -> dict[str, float]:
+        """The lambda of each model of preference optimisation."""
+        return {f"lambda_{weight:g}": weight for weight in self.lambdas}
+
+    def names(self, stage: str) -> tuple[str, ...]:
+        """The models of a stage, in their order."""
+        preferred = tuple(self.weights)
+        by_stage = {"preference": preferred[:_FIRST], "lambdas": preferred[_FIRST:]}
+        return (_SFT | by_stage)[stage]
+
+    def config_of(self, name: str, start: str = "") -> RunConfig:
+        """A model's config. start: the weights that preference optimisation begins with."""
+        threads = self.config.threads
+        if name not in self.weights:
+            if name in _FORMS:
+                threads = dataclasses.replace(threads, form=name)
+            else:
+                threads = dataclasses.replace(threads, form="async", positions=name)
+            return dataclasses.replace(self.config, threads=threads)
+        own = dataclasses.replace(self.config.preference, quality_weight=self.weights[name])
+        threads = dataclasses.replace(threads, stage="preference", form="async", positions=START)
+        data = dataclasses.replace(self.config.data, tokenizer="auto")
+        return dataclasses.replace(
+            self.config, threads=threads, preference=own, init_from=start or START, data=data
+        )
+
+    def sections(self, name: str) -> tuple[str, ...]:
+        """Those of a config that make the model what it is."""
+        return (*_SECTIONS, "preference") if name in self.weights else _SECTIONS
+
+    def measure(self, stage: str, work: Study) -> dict[str, Any]:
+        """Trains and measures the models of a stage that have no row yet. Raises OutOfTime."""
+        if stage != "sft":
+            for name in (BASELINE, START):
+                if not _has(work.workdir, evaluate.KIND, name):
+                    raise UserError(f"{work.workdir.path}: --stage=sft comes first")
+        for name in self.names(stage):
+            kind = "held_out" if name == "oracle" else evaluate.KIND
+            made = self._digest(name)
+            for row in _of_kind(work.workdir, kind):
+                if row["name"] == name and row["recipe"] != made:
+                    raise UserError(
+                        f"{work.workdir.path}: {name} was made by another config: take another "
+                        "--workdir"
+                    )
+            if not any(_has(work.workdir, one, name) for one in (kind, "no_pairs")):
+                work.clock.check()
+                if self._train(work, name):
+                    self._rows(work, name)
+                if name != START:
+                    shutil.rmtree(work.weights(name), ignore_errors=True)
+        return {}
+
+    def _digest(self, name: str) -> str:
+        values = to_dict(self.config_of(name))
+        text = json.dumps([values[section] for section in self.sections(name)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _train(self, work: Study, name: str) -> bool:
+        """Leaves weights/NAME, and rows of the training; False where preference optimisation has no
+        pairs to begin with, which leaves a row that says so. Raises OutOfTime."""
+        folder, preferred = Workdir(work.runs / name), name in self.weights
+        if preferred:
+            self._train(work, START)  # only where it is not there any more
+            config = self.config_of(name, str(work.weights(START)))
+            own = config.preference
+            make = samplers.decoder(config, own.threads, own.prompts_at_once * own.samples)
+            call = functools.partial(preference.run, config, folder, make, clock=work.clock)
+            newest = preference.round_path(folder.path, own.rounds)
+        else:
+            config, newest = self.config_of(name), folder.path
+            call = functools.partial(training.run, config, folder)
+        try:
+            if not studies.trained(work, name, config, call, newest, self.sections(name)):
+                raise OutOfTime
+        except preference.NoPairs as error:
+            newest = runs.newest(folder.path)
+            if newest == folder.path:
+                self._add(work, name, {"kind": "no_pairs", "reason": str(error)})
+                return False
+            say(f"{error}: the round before is the last")
+            studies.keep(newest, work.weights(name))
+        if not _has(work.workdir, "training", name):
+            number = {"round": int(newest.name.removeprefix(runs.ROUND))} if preferred else {}
+            self._add(work, name, {"kind": "training", **studies.metrics(work, name), **number})
+            for row in _of_kind(folder, preference.KIND) if preferred else ():
+                self._add(work, name, row)
+        return True
+
+    def _rows(self, work: Study, name: str) -> None:
+        """The rows of a trained model. Raises OutOfTime."""
+        place = work.weights(name)
+        if name not in (*_FORMS, *self.weights) and not _has(work.workdir, "held_out", name):
+            resolved, params = runs.load(place)
+            loss, tokens = held_out_loss(resolved, params)
+            self._add(work, name, {"kind": "held_out", "loss": loss, "tokens": tokens})
+        if name == "oracle":
+            return
+        asked = quality.questions(runs.conversations(self.config, "validation"))
+        own = self.config.preference
+        options = evaluate.Options(scorer=own.scorer, threads=own.threads)
+        make = samplers.decoder(self.config, own.threads, 1)
+        answers = _answers(work.workdir, name)
+        found = evaluate.measure(place, self.config, asked, make, options, work.clock, answers)
+        against = found if name == BASELINE else evaluate.kept(_answers(work.workdir, BASELINE))
+        if against is None:
+            raise UserError(f"{answers.path.parent} has lost what {BASELINE} answered")
+        row = evaluate.row_of(found, against, asked, options)
+        for one in _of_kind(work.workdir, "training"):
+            if one["name"] == name and "round" in one:
+                row["round"] = one["round"]
+        self._add(work, name, {**row, "source": self.config.data.source})
+
+    def _add(self, work: Study, name: str, row: dict[str, Any]) -> None:
+        """Appends a row, and what is needed to understand it later."""
+        now = environment()
+        about = {key: now[key] for key in ("command", "commit", "device", "date")}
+        recipe = self._digest(name)
+        work.workdir.append(ROWS, {"name": name, **row, "recipe": recipe, **about})
+
+
+def held_out_loss(resolved: Run, params: Params) -> tuple[float, int]:
+    """(nats per trained token of the held-out conversations, tokens). Schemes of positions train
+    the same tokens of the same rows, so that their losses compare them."""
+    setup, config = resolved.setup, resolved.config
+    execution = jobs.execution_of(setup, None)
+    measured = jax.jit(train.edge_objective(setup.model, execution, "per_token"))
+    rows = training.rows(resolved, runs.conversations(config, "validation"), shuffle=False)
+    params, total, tokens = train.cast(params, setup.model.dtype), 0.0, 0.0
+    for batch in packing.batches(rows, config.train.batch_size, config.data.seq_len):
+        value, sums = measured(params, train.to_device(batch, None), jax.random.key(0))
+        total, tokens = total - float(value), tokens + float(sums["weight"])
+    return total / max(tokens, 1.0), round(tokens)
+
+
+def _plot(work: Study) -> dict[str, Any]:
+    folders = sorted((work.workdir.path / "answers").glob("*"))
+    drawn = figures.draw(figures.gather([work.workdir.path]), figures.timelines(folders))
+    return {"plots": figures.save(drawn, work.workdir.path / "plots")}
+
+
+def _outcome(workdir: Workdir) -> dict[str, Any]:
+    rows = _of_kind(workdir, evaluate.KIND)
+    out: dict[str, Any] = {
+        "rows": [{key: row.get(key) for key in _COLUMNS} for row in rows],
+        "held_out_loss": {row["name"]: row["loss"] for row in _of_kind(workdir, "held_out")},
+        "no_pairs": {row["name"]: row["reason"] for row in _of_kind(workdir, "no_pairs")},
+        "hypervolume": {},
+        "dominated": {},
+    }
+    for speed in figures.SPEEDS:
+        points: dict[str, list[front.Point]] = {}
+        for row in rows:
+            if row.get(speed) and row["name"] != BASELINE:
+                family = "lambdas" if row["lambda"] is not None else row["name"]
+                points.setdefault(family, []).append((row["quality"], row[speed]))
+        out["hypervolume"][speed] = {name: front.hypervolume(own) for name, own in points.items()}
+        preferred = points.pop("lambdas", None)
+        if preferred:
+            out["dominated"][speed] = {
+                name: front.dominates(preferred, own) for name, own in points.items()
+            }
+    return out
+
+
+def _of_kind(workdir: Workdir, kind: str) -> list[dict[str, Any]]:
+    return [row for row in workdir.rows(ROWS) if row.get("kind") == kind]
+
+
+def _has(workdir: Workdir, kind: str, name: str) -> bool:
+    return any(row["name"] == name for row in _of_kind(workdir, kind))
+
+
+def _answers(workdir: Workdir, name: str) -> Workdir:
+    return Workdir(workdir.path / "answers" / name)
