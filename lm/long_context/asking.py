@@ -68,7 +68,8 @@ def of_task(
     """Samples of a task as prompts.
 
     Args:
-      length: tokens, those to generate and those of the template included.
+      length: tokens, those to generate and those of the template included, or the one that opens
+        plain text.
       chat: through the speaker's template, the beginning of the answer after the assistant's
         header; otherwise as plain text.
       apart: context and question are encoded each by itself, and `contexts` says where they meet.
@@ -77,9 +78,8 @@ def of_task(
     Raises UserError: fewer new tokens than the task's, a length below its smallest form, an essay
     that is missing.
     """
-    spent = 0
-    if chat:
-        spent = len(encode(speaker, "x", "", True)) - len(speaker.tokenizer.encode("x")) + _SLACK
+    opened = len(encode(speaker, "x", "", chat)) - len(speaker.tokenizer.encode("x"))
+    spent = opened + (_SLACK if chat else 0)
     if 0 < new_tokens < task.new_tokens:
         raise UserError(
             f"tasks.eval_tokens={new_tokens}: an answer of {task.name} takes {task.new_tokens}"

@@ -31,6 +31,8 @@ _NAMED = (
     "mask_token",
 )
 _OWN_NAMES = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+# training opens no text with a token, so whoever reads what was saved must not either
+_UNOPENED = {"add_bos_token": False}
 
 
 class Tokenizer(Protocol):
@@ -151,7 +153,7 @@ class ByteTokenizer(_Common):
     """Ids 0..255 are the bytes of UTF-8, then come the special tokens: no file, no training."""
 
     name = "bytes"
-    settings: Mapping[str, Any] = {}
+    settings: Mapping[str, Any] = _UNOPENED
     special_tokens: Mapping[str, str] = _OWN_NAMES
 
     def __init__(self, extra_tokens: Sequence[str] = ()):
@@ -409,6 +411,7 @@ def train_bpe(
         json.dumps(definition, ensure_ascii=False),
         name=f"bpe:{vocab_size}",
         special_tokens={k: t for k, t in _OWN_NAMES.items() if t in special_tokens},
+        settings=_UNOPENED,
         chat_template=builtin_source("chatml") if chatml else None,
     )
     if tokenizer.vocab_size < vocab_size:

@@ -46,7 +46,8 @@ def test_hugging_face_directory(hf_dir):
     assert tokenizer.decode(speaker.prompt("hi", system="s")).startswith(
         "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\n"
     )
-    assert tokenizer.decode(speaker.prompt("hi", chat=False)) == f"{tokenizer.bos}hi"
+    # what is trained here never sees a token that opens a text
+    assert tokenizer.decode(speaker.prompt("hi", chat=False)) == "hi"
     (got,) = generate.generate(
         speaker.model,
         speaker.params,
@@ -78,6 +79,14 @@ def test_stop_tokens_of_the_checkpoint(hf_dir):
 
 
 def test_bos_only_where_the_tokenizer_says_so(hf_dir):
+    set_fields(hf_dir / "tokenizer_config.json", add_bos_token=True)
+    speaker = prompting.load_hf(hf_dir)
+    assert speaker.tokenizer.decode(speaker.prompt("hi", chat=False)) == "<|bos|>hi"
+    settings = json.loads((hf_dir / "tokenizer_config.json").read_text())
+    del settings["add_bos_token"]  # older files do not say
+    (hf_dir / "tokenizer_config.json").write_text(json.dumps(settings))
+    speaker = prompting.load_hf(hf_dir)
+    assert speaker.tokenizer.decode(speaker.prompt("hi", chat=False)) == "<|bos|>hi"
     set_fields(hf_dir / "tokenizer_config.json", add_bos_token=False)
     speaker = prompting.load_hf(hf_dir)
     assert speaker.tokenizer.decode(speaker.prompt("hi", chat=False)) == "hi"

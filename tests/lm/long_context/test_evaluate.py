@@ -124,6 +124,16 @@ def test_a_template_leaves_room_for_itself(speaker):
     assert not text.endswith(tail)  # the beginning of the answer comes after it
 
 
+def test_a_token_that_opens_plain_text_is_counted(speaker):
+    opened = dataclasses.replace(speaker, bos=speaker.tokenizer.bos)
+    task, longest = tasks.find("kv_retrieval"), []
+    for length in range(2000, 2090):  # a pair of the list is 81 bytes
+        prompts = asking.of_task(opened, task, length, 1, 0).prompts
+        assert speaker.tokenizer.decode(prompts[0][:1]) == speaker.tokenizer.bos
+        longest.append(len(prompts[0]) + task.new_tokens - length)
+    assert max(longest) == 0  # some fill their length
+
+
 def test_one_program_serves_all_batches(speaker):
     judge = Judge(CONFIG, TABLE, PAIR, speaker)
     questions = [asking.of_task(speaker, tasks.find("passkey"), 400, n, n) for n in (4, 3, 5)]
