@@ -9,6 +9,7 @@ import functools
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ _COLOURS = {
     "random": "#8C6D31",
 }
 _OTHERS = ("#56B4E9", "#000000", "#8C6D31", "#6A51A3")
+_MORE = ("#999999", "#F0E442", "#44AA99", "#882255", "#117733", "#AA4499", "#332288", "#DDCC77")
 _LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)))
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -244,9 +246,11 @@ def rates(
     lengths = sorted({row["length"] for row in rows})
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
-    colours = dict.fromkeys((*_COLOURS.values(), *_OTHERS))
-    palette = dict(zip(names, itertools.cycle(colours), strict=False))
-    palette |= {name: _COLOURS[name] for name in names if name in _COLOURS}
+    known = {name: _COLOURS[name] for name in names if name in _COLOURS}
+    every = dict.fromkeys((*_COLOURS.values(), *_OTHERS, *_MORE))
+    free = [one for one in every if one not in known.values()]
+    others = [name for name in names if name not in known]
+    palette = known | dict(zip(others, itertools.cycle(free), strict=False))
     inches = max(6.4, 1.6 + 0.9 * len(cases) * len(lengths))
     figure, axes = _new(inches, 3.7, columns=len(lengths))
     highest = max(row["tflops"] for row in rows)
@@ -258,7 +262,8 @@ def rates(
             x = [cases.index(row["case"]) + width * (place - len(names) / 2) for row in shown]
             y = [row["tflops"] for row in shown]
             panel.bar(x, y, width, align="edge", color=palette[name], label=name)
-        panel.set_xticks(range(len(cases)), [case.replace("_", " ") for case in cases])
+        labels = [textwrap.fill(case.replace("_", " "), 11) for case in cases]
+        panel.set_xticks(range(len(cases)), labels)
         panel.set_ylim(0, 1.05 * highest or 1.0)
         panel.set_title(f"{length:,} {unit}")
         panel.grid(False, axis="x")

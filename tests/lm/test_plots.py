@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 
+import matplotlib.colors
 import numpy as np
 import pytest
 from matplotlib import image
@@ -36,6 +37,20 @@ def test_a_method_keeps_its_colour():
     ]
     assert len(set(known)) == len(known)
     assert plots.colour("something else") not in known
+
+
+def test_bars_of_many_methods_have_colours_of_their_own():
+    names = ["speckv", "dense", "specpc", "streaming_llm", "speckv_pc", "snapkv", "spec_prefill"]
+    names += ["laq", "pyramidkv", "adakv", "tova", "knorm", "keydiff", "h2o", "random"]
+    rows = [
+        {"implementation": name, "case": "niah_multikey_2", "length": 9, "tflops": 1.0}
+        for name in names
+    ]
+    bars = plots.rates(rows).axes[0].containers
+    colours = {bar.get_label(): bar.patches[0].get_facecolor() for bar in bars}
+    assert list(colours) == names
+    assert len(set(colours.values())) == len(names)
+    assert matplotlib.colors.to_hex(colours["dense"]) == plots.colour("dense")
 
 
 def test_elapsed_counts_every_step_once():
