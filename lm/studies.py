@@ -16,12 +16,12 @@ import json
 import pathlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from lm import hardware, setup, stages
-from lm.config import Config, to_dict
+from lm.config import Config, freeze, to_dict
 from lm.errors import UserError
 from lm.flops import training_flops
 from lm.hf import weights
@@ -30,6 +30,7 @@ from lm.stages import Clock, OutOfTime
 from lm.transformer import count_parameters
 from lm.workdir import Workdir
 
+C = TypeVar("C", bound=Config)
 RUN = "run.json"  # of kept weights: the config of their run; config.json is that of the weights
 MADE = ("model", "data", "train", "optimizer")  # sections that make a model what it is
 _SHARE = 0.35  # of a chip's peak that a plan counts on
@@ -149,7 +150,7 @@ def keep(run: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def _check(folder: pathlib.Path, config: Config, made: Sequence[str]) -> None:
-    before, now = values(folder), json.loads(json.dumps(to_dict(config)))
+    before, now = _values(folder), json.loads(json.dumps(to_dict(config)))
     for section in made:
         for key, value in now[section].items():
             known = before[section].get(key)
@@ -160,8 +161,14 @@ def _check(folder: pathlib.Path, config: Config, made: Sequence[str]) -> None:
                 )
 
 
-def values(folder: pathlib.Path) -> dict[str, Any]:
-    """The config of the run that kept weights come from, as `lm.config.freeze` takes it."""
+def config_of(folder: pathlib.Path, cls: type[C]) -> C:
+    """The config of the run that kept weights come from, without sections that `cls` has not: a
+    model may go from one method's study to another's."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    return freeze({name: x for name, x in _values(folder).items() if name in known}, cls)
+
+
+def _values(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / RUN).read_text())
 
 

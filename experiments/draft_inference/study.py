@@ -4,14 +4,15 @@ evaluate and plot in one command, in calls of limited time.
 
     python -m experiments.draft_inference.study --config=configs/draft_inference.py:retrieval
         --draft_config=configs/draft_inference.py:retrieval_draft --workdir=DIR
-        [--stage=train|evaluate|plot|all] [--minutes=9] [--pairs=1] [--budgets=256]
-        [--lengths=2048,4096] [--samples=100] [--seeds=0,1,2] [--batch_size=128]
+        [--stage=train|evaluate|plot|all] [--minutes=9] [--pairs=1] [--budgets=192]
+        [--lengths=1024,2048] [--samples=100] [--seeds=0,1,2] [--batch_size=128]
 
 Methods take their turns on all tasks, lengths and seeds: SpecKV, SpecPC, SpecKV-PC, dense, SnapKV,
 StreamingLLM, SpecPrefill, then others. Within --minutes every stage saves what it has and the
 command ends with status 0; the same command goes on from there, and no row is measured twice.
-DIR/runs can be thrown away once DIR/weights has the models. --pairs trains several, over which
-intervals are taken. --plan only says what the trainings cost.
+DIR/runs can be thrown away once DIR/weights has the models; DIR/weights/target0 may be a copy of
+what `token_select.study` left in its weights/model, which has the same preset. --pairs trains
+several, over which intervals are taken. --plan only says what the trainings cost.
 
 The last line is {"stage": name, "done": true | false, "training": {name: {"step": n, ...}} |
 "comparisons": [...], "draft": [...], ... | "plots": [paths]}, of the last stage that ran; see

@@ -4,7 +4,7 @@ evaluate and plot in one command, in calls of limited time.
 
     python -m experiments.token_select.study --config=configs/token_select.py:retrieval
         --workdir=DIR [--stage=train|evaluate|plot|all] [--minutes=9] [--budgets=k=5%]
-        [--lengths=4096] [--samples=100] [--batch_size=128]
+        [--lengths=2048] [--samples=100] [--batch_size=128]
 
 Every setting of rotation and positions ("read_packed": keys are rotated when they are read, at
 packed positions; "write_true": when they are written, at true ones) has rows, answers and figures

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lm import lora, setup, sharding, studies, transformer
 from lm.async_decoding import language, requests
 from lm.async_decoding.config import RunConfig
-from lm.config import LoraConfig, freeze
+from lm.config import LoraConfig
 from lm.data import sources
 from lm.data.conversations import Conversation
 from lm.errors import UserError
@@ -194,9 +194,7 @@ def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
 
 
 def _kept(path: pathlib.Path) -> tuple[Run, transformer.Params]:
-    values = studies.values(path)
-    known = {field.name for field in dataclasses.fields(RunConfig)}
-    config = freeze({name: value for name, value in values.items() if name in known}, RunConfig)
+    config = studies.config_of(path, RunConfig)
     config = dataclasses.replace(
         config,
         init_from=str(path),

@@ -5,7 +5,6 @@ from the weights that were kept."""
 from typing import TypeVar
 
 from lm import prompting, studies
-from lm.config import freeze
 from lm.errors import UserError
 from lm.hf import weights
 from lm.long_context import training
@@ -31,7 +30,6 @@ def speaker(study: Study, name: str, cls: type[C]) -> Speaker:
     folder = study.weights(name)
     if not study.has(name):
         raise UserError(f"{study.workdir.path}: --stage=train comes first")
-    config = freeze(studies.values(folder), cls)
-    resolved = training.resolve(config, folder)
+    resolved = training.resolve(studies.config_of(folder, cls), folder)
     _, params = weights.load(folder, dtype=resolved.model.dtype)
     return prompting.of_run(resolved, params)

@@ -9,6 +9,7 @@ import pytest
 
 from lm import studies, transformer
 from lm.config import ModelConfig, to_dict
+from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
 from lm.hf import weights
 from lm.long_context import evaluate, exact, study
@@ -93,6 +94,14 @@ def test_weights_speak_as_the_run_did(tmp_path):
     for mine, kept in zip(jax.tree.leaves(params), jax.tree.leaves(found.params), strict=True):
         np.testing.assert_array_equal(np.asarray(mine, jax.numpy.bfloat16), kept)
     assert found.bos == ""  # a run's prompts are opened by nothing
+    # another method's study takes the model over
+    values = {**to_dict(config), "select": {"k": 7}}
+    (folder / "run.json").write_text(json.dumps(values))
+    other = study.speaker(work, "model", DraftConfig)
+    for mine, kept in zip(
+        jax.tree.leaves(found.params), jax.tree.leaves(other.params), strict=True
+    ):
+        np.testing.assert_array_equal(mine, kept)
     call = lambda: pytest.fail("it is there")  # noqa: E731
     assert studies.trained(work, "model", config, call, tmp_path)
     longer = LongContextConfig(model=MODEL, train=type(config.train)(steps=7))
