@@ -56,7 +56,7 @@ def test_generate_beside_dense(hf_dir):
         "--nochat",
     )
     result, _ = commands.run("token_select.generate", *SMALL, *flags)
-    assert result["prompt_tokens"] == len(TEXT) + 1  # what opens a text
+    assert result["prompt_tokens"] == len(TEXT)
     assert result["tokens_read"] == 26
     assert result["dense"]["tokens_read"] > len(TEXT)
     assert 0 <= result["dense"]["agreement"] <= 1
