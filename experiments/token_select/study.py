@@ -6,12 +6,13 @@ evaluate and plot in one command, in calls of limited time.
         --workdir=DIR [--stage=train|evaluate|plot|all] [--minutes=9] [--budgets=k=5%]
         [--lengths=2048] [--samples=100] [--batch_size=128]
 
-Every setting of rotation and positions ("read_packed": keys are rotated when they are read, at
-packed positions; "write_true": when they are written, at true ones) has rows, answers and figures
-in a folder of its own. Dense attention, token select, StreamingLLM and SnapKV come first in both,
-then the other baselines. Within --minutes every stage saves what it has and the command ends with
-status 0; the same command goes on from there, and no row is measured twice. DIR/runs can be thrown
-away once DIR/weights has the model. --plan only says what the training costs.
+Every setting ("read_packed": keys are rotated when they are read, at packed positions, as in the
+paper; "write_true": when they are written, at true ones; "whole_prompt": the same, and steps alone
+select, not the prompt's chunks) has rows, answers and figures in a folder of its own. Dense
+attention, token select, StreamingLLM and SnapKV come first in all of them, then the others. Within
+--minutes every stage saves what it has and the command ends with status 0; the same command goes on
+from there, and no row is measured twice. DIR/runs can be thrown away once DIR/weights has the
+model. --plan only says what the training costs.
 
 The last line is {"stage": name, "done": true | false, "training": {"step": n, ...} | "summary":
 {setting: {"summary": [...], "accuracy": x, "share_of_dense": x, ...}} | "plots": [paths]}, of the

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token selection measured on one model that was trained for it: what is kept of dense accuracy,
-beside the baselines at equal budgets, with keys read and written in two ways.
+beside the baselines at equal budgets, in three settings.
 
 | stage | what it leaves in the workdir |
 |---|---|
@@ -26,10 +26,12 @@ from lm.token_select.methods import OWN, Methods
 from lm.workdir import Workdir
 
 STAGES = ("train", "evaluate", "plot")
-# how keys are rotated, and what positions a step gives to those that it reads
+# how keys are rotated, what positions a step gives to those that it reads, and whether the prompt
+# is read whole
 SETTINGS = {
-    "read_packed": {"rope": "read", "positions": "packed"},
-    "write_true": {"rope": "write", "positions": "true"},
+    "read_packed": {"rope": "read", "positions": "packed", "prefill": "select"},
+    "write_true": {"rope": "write", "positions": "true", "prefill": "select"},
+    "whole_prompt": {"rope": "write", "positions": "true", "prefill": "dense"},
 }
 FIRST = (DENSE, OWN, "streaming_llm", "snapkv")  # in all settings before any other method
 _MODEL = "model"
