@@ -131,7 +131,7 @@ def colab() -> ConfigDict:
 def retrieval() -> ConfigDict:
     """27 M parameters. A step is 8 rows of 8,192 tokens at some 0.2 GFLOP a token, 13 TFLOP. Most
     documents are short for half of the way: a smaller model that had 96 to 192 tokens before it
-    learnt to retrieve in 500 steps, and had not in 900 with up to 512."""
+    learnt to retrieve in 500 steps, and had not in 820 with up to 512."""
     config = colab()
     config.model = shapes.model(
         num_layers=8,

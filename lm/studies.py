@@ -15,6 +15,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -78,11 +79,13 @@ def run(
     workdir.record(config)
     study, found, name = Study(workdir, Clock(minutes)), None, stage
     for name in calls if stage == "all" else (stage,):
+        began = time.monotonic()
         try:
             found = calls[name](study)
         except OutOfTime:
             found = None
-        say(f"{name}: {'to be continued by the same command' if found is None else 'done'}")
+        how = "to be continued by the same command" if found is None else "done"
+        say(f"{name}: {how}, {time.monotonic() - began:.0f} s")
         if found is None:
             break
     return {"stage": name, "done": found is not None, **(found or {})}
@@ -94,17 +97,25 @@ def plan(name: str, config: Config, pairs: float) -> float:
 
     pairs: (row, key) pairs of attention that a token comes to, on average.
     """
+    model = sized(config).model
+    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
+    flops = training_flops(model, tokens, tokens, tokens * pairs)
+    say_plan(f"{name}, {count_parameters(model) / 1e6:.1f} M parameters,", flops)
+    return flops
+
+
+def sized(config: C) -> C:
+    """With the vocabulary that its tokenizer's name tells, where the model says none."""
     size = config.data.tokenizer.partition(":")[2]  # of bpe:SIZE; bytes have fewer than 384
     vocab = config.model.vocab_size or (int(size) if size.isdigit() else 384)
-    model = dataclasses.replace(config.model, vocab_size=vocab)
-    tokens = config.train.steps * config.train.batch_size * config.data.seq_len
-    flops, chip = training_flops(model, tokens, tokens, tokens * pairs), hardware.chip()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
+
+
+def say_plan(name: str, flops: float) -> None:
+    """What a training costs, and on a known chip the minutes at 35 % of its peak."""
+    chip = hardware.chip()
     minutes = f", {flops / (_SHARE * chip.flops) / 60:.1f} minutes" if chip else ""
-    say(
-        f"plan: {name}, {count_parameters(model) / 1e6:.1f} M parameters, "
-        f"{flops / 1e15:.2f} PFLOP{minutes}"
-    )
-    return flops
+    say(f"plan: {name} {flops / 1e15:.2f} PFLOP{minutes}")
 
 
 def trained(

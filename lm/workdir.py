@@ -4,6 +4,7 @@ report.html."""
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -147,8 +148,23 @@ def environment() -> dict[str, Any]:
         "num_devices": len(devices),
         "num_processes": jax.process_count(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": _now(),
     }
+
+
+def provenance() -> dict[str, Any]:
+    """What it takes to understand a row later: command, commit, device and date."""
+    return {**_unchanging(), "date": _now()}
+
+
+@functools.cache
+def _unchanging() -> dict[str, Any]:
+    found = environment()
+    return {name: found[name] for name in ("command", "commit", "device")}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:

@@ -49,7 +49,7 @@ from lm.progress import say
 from lm.stages import OutOfTime
 from lm.studies import Study
 from lm.transformer import Params
-from lm.workdir import Workdir, environment
+from lm.workdir import Workdir, provenance
 
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
@@ -241,10 +241,8 @@ class _Recipe:
 
     def _add(self, work: Study, name: str, row: dict[str, Any]) -> None:
         """Appends a row, and what is needed to understand it later."""
-        now = environment()
-        about = {key: now[key] for key in ("command", "commit", "device", "date")}
         recipe = self._digest(name)
-        work.workdir.append(ROWS, {"name": name, **row, "recipe": recipe, **about})
+        work.workdir.append(ROWS, {"name": name, **row, "recipe": recipe, **provenance()})
 
 
 def held_out_loss(resolved: Run, params: Params) -> tuple[float, int]:

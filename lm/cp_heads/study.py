@@ -14,6 +14,7 @@ Rows and figures are all that is worth keeping; a trunk need not outlive the mac
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import generate, hardware, losses, setup, stages, train
+from lm import generate, losses, setup, stages, studies, train
 from lm.cp_heads import baselines, checkpoints, evaluate, figures, together, training
 from lm.cp_heads import study_decode as decoding
 from lm.cp_heads.baselines import Hydra
@@ -35,9 +36,8 @@ from lm.flops import training_flops
 from lm.progress import say
 from lm.stages import Clock
 from lm.transformer import Params
-from lm.workdir import Workdir, environment
+from lm.workdir import Workdir, provenance
 
-_SHARE = 0.35  # of a chip's peak that the plan counts on
 _TEXTS = 64  # decoded and measured at once
 _HELD_ROWS = 64  # rows of held-out text that the trunk's own loss is of
 
@@ -69,10 +69,7 @@ class Study:
 
     def add(self, row: dict[str, Any], file: str = "eval.jsonl") -> None:
         """Appends a row, and what is needed to understand it later."""
-        now = environment()
-        about = {name: now[name] for name in ("command", "commit", "device", "date")}
-        about["jax"] = now["packages"]["jax"]
-        self.workdir.append(file, row | about)
+        self.workdir.append(file, row | provenance() | {"jax": jax.__version__})
 
 
 STAGES = ("trunk", "heads", "offline", "decode", "check")
@@ -86,15 +83,6 @@ def run(
 
     Raises UserError, also for a stage whose predecessors are missing, DataError and RunError.
     """
-    if jax.process_count() > 1:
-        raise UserError("a study runs on one process")
-    if minutes is not None and not minutes > 0:
-        raise UserError(f"--minutes={minutes} must be above 0")
-    workdir.create(config)
-    workdir.record(config)
-    study = Study(config, workdir, Clock(minutes))
-    if not (study.trunk.path / "config.json").exists():
-        plan(config)
     calls: dict[str, Callable[[Study], bool]] = {
         "trunk": _train_trunk,
         "heads": _train_heads,
@@ -102,14 +90,13 @@ def run(
         "decode": decode,
         "check": check,
     }
-    done, name = False, stage
-    for name in STAGES if stage == "all" else (stage,):
-        began = time.monotonic()
-        done = calls[name](study)
-        say(f"{name}: {'done' if done else 'to be continued'}, {time.monotonic() - began:.0f} s")
-        if not done:
-            break
-    return {"stage": name, "done": done, **_outcome(study)}
+
+    def bounded(call: Callable[[Study], bool], work: studies.Study) -> dict[str, Any] | None:
+        return {} if call(Study(config, work.workdir, work.clock)) else None
+
+    within = {name: functools.partial(bounded, call) for name, call in calls.items()}
+    found = studies.run(config, workdir, within, stage, minutes)
+    return found | _outcome(Study(config, workdir, stages.UNLIMITED))
 
 
 def _outcome(study: Study) -> dict[str, Any]:
@@ -194,10 +181,7 @@ def _of_heads(config: CpConfig, trunk: Workdir) -> CpConfig:
 
 def plan(config: CpConfig) -> dict[str, float]:
     """FLOPs of the trainings; says them and, on a known chip, the minutes at 35 % of its peak."""
-    size = config.data.tokenizer.partition(":")[2]  # of bpe:SIZE; bytes have fewer than 384
-    vocab = config.model.vocab_size or (int(size) if size.isdigit() else 384)
-    model = dataclasses.replace(config.model, vocab_size=vocab)
-    config = dataclasses.replace(config, model=model)
+    config = studies.sized(config)
     length, trunk = config.data.seq_len, _of_trunk(config)
     found = {}
     for name, own in (("trunk", trunk), ("draft", _of_draft(config, pathlib.Path()))):
@@ -206,10 +190,8 @@ def plan(config: CpConfig) -> dict[str, float]:
     heads = _of_heads(config, Workdir("."))
     members = members_of(config)
     found["heads"] = heads.train.steps * together.step_flops(heads, members)
-    chip = hardware.chip()
     for name, flops in found.items():
-        minutes = f", {flops / (_SHARE * chip.flops) / 60:.1f} minutes" if chip else ""
-        say(f"plan: {name} {flops / 1e15:.2f} PFLOP{minutes}")
+        studies.say_plan(name, flops)
     positions = heads.loss.fraction * heads.train.batch_size * length
     say(
         f"plan: {len(members)} heads, {together.rows_of(members)} rows of vocabulary for each of "
@@ -220,6 +202,8 @@ def plan(config: CpConfig) -> dict[str, float]:
 
 def _train_trunk(study: Study) -> bool:
     """The target, then the small model that drafts for it."""
+    if not (study.trunk.path / "config.json").exists():
+        plan(study.config)
     jobs = (
         ("trunk", study.trunk, lambda: _of_trunk(study.config)),
         (

@@ -7,7 +7,6 @@ done again. A row compares a method with dense attention: it is written once bot
 """
 
 import dataclasses
-import datetime
 import functools
 import json
 import pathlib
@@ -29,7 +28,7 @@ from lm.long_context.policy import Method
 from lm.long_context.program import Program
 from lm.progress import Progress
 from lm.prompting import Speaker
-from lm.workdir import Workdir, environment
+from lm.workdir import Workdir, provenance
 from ops import dispatch
 
 KIND = "long_context"
@@ -286,7 +285,7 @@ class Judge:
             "questions": QUESTIONS[bool(questions.contexts)],
             "checkpoint": self.checkpoint,
             "implementations": dispatch.served(),
-            **_provenance(),
+            **provenance(),
             "key": asked.key,
         }
 
@@ -339,18 +338,6 @@ class Judge:
             program, speaker.params, prompts, jax.random.key(0), questions.length
         )
         return timing.summary(len(prompts))
-
-
-@functools.cache
-def _about() -> dict[str, Any]:
-    found = environment()
-    return {name: found[name] for name in ("command", "commit", "device")}
-
-
-def _provenance() -> dict[str, Any]:
-    """What it takes to understand a row later."""
-    now = datetime.datetime.now(datetime.UTC)
-    return {**_about(), "date": now.isoformat(timespec="seconds")}
 
 
 def _of_file(made: Questions, apart: bool) -> Cell:
