@@ -4,18 +4,20 @@ the schemes of positions, each model measured at batch 1, in calls of limited ti
 
     python -m experiments.async_decoding.study --config=configs/async_decoding.py:study \
         --workdir=DIR [--stage=sft|preference|forms|lambdas|schemes|plot|all] [--minutes=9] \
-        [--lambdas=2,8,1,4,inf]
+        [--lambdas=2,8,1,4,inf] [--timed=32]
 
 sft: the sequential baseline, then threads under the positions `predicted` and `fork_join_max`;
 preference: rounds at the first two lambdas, from `predicted`; forms: sot and apar; lambdas: the
 other lambdas; schemes: fork_join_sum, and oracle, which cannot be decoded and is compared by its
 held-out loss; plot: fronts of quality and speed-up, threads over time. Every model has its rows
-before the next one is trained; --config.data.eval_conversations questions are asked.
+before the next one is trained; --config.data.eval_conversations questions are asked in batches,
+and the first --timed of them again, one at a time, for their times.
 
 Within --minutes every stage saves what it has and the command ends with status 0; the same command
-goes on from there, and nothing that is finished is done again. DIR/weights, DIR/answers and
-DIR/eval.jsonl are all that it needs on another machine; what is lost with DIR/runs is a training,
-or the rounds of a lambda, that had not ended. --plan only says what the trainings of SFT cost.
+goes on from there, and nothing that is finished is done again. DIR/weights, DIR/answers, DIR/timed
+and DIR/eval.jsonl are all that it needs on another machine; what is lost with DIR/runs is a
+training, or the rounds of a lambda, that had not ended. --plan only says what the trainings of SFT
+cost.
 
 The last line is {"stage": name, "done": true | false, "rows": [{"name": ..., "lambda": x | "inf" |
 null, "quality": x, "speedup_critical_path": x, "speedup_wall": x, "realised": x, ...}],
@@ -39,6 +41,7 @@ MINUTES = flags.DEFINE_float("minutes", None, "stop after so long, saved; defaul
 LAMBDAS = flags.DEFINE_list(
     "lambdas", [f"{x:g}" for x in study.LAMBDAS], "weights of quality; the first two come first"
 )
+TIMED = flags.DEFINE_integer("timed", study.TIMED, "questions whose answers are timed at batch 1")
 PLAN = flags.DEFINE_bool("plan", False, "only say what the trainings cost")
 
 
@@ -47,7 +50,8 @@ def main() -> dict[str, Any]:
     if PLAN.value:
         return {"flops": study.plan(config)}
     lambdas = cli.numbers("lambdas", LAMBDAS.value, float)
-    return study.run(config, Workdir(cli.FLAGS.workdir), lambdas, STAGE.value, MINUTES.value)
+    workdir = Workdir(cli.FLAGS.workdir)
+    return study.run(config, workdir, lambdas, STAGE.value, MINUTES.value, TIMED.value)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@
 Only the lines tell whether a count depends on another: a model that promises `C` beside `B` cannot
 know where to start, and loses the part. Every part is checked against the request alone. Words of a
 request do not repeat, so that a small model can follow them.
+
+Annotators differ: the programs above are those of the `best`; `half` promises half of a group's
+parts, `none` nothing, `all` everything at once, whatever it starts from.
 """
 
 import dataclasses
@@ -37,6 +40,7 @@ from lm.data.messages import Conversation, Message
 from lm.errors import UserError
 
 KINDS = ("sums", "facts", "plan", "linked", "chain")
+ANNOTATORS = ("best", "half", "none", "all")
 _ATTEMPTS = 1000
 _LABELS = "ABCDEFGH"
 _NAMES = "Ana Ben Cara Dan Eva Finn Gia Hal Ida Jon Kim Leo Mia Ned Ola Pat"
@@ -66,7 +70,8 @@ class RequestConfig:
 
     The defaults suit a model of a few million parameters: parts of about 45 tokens.
 
-    steps: what follows the first entry of a count. fields: of a record.
+    steps: what follows the first entry of a count. fields: of a record. annotators: who annotates
+    an answer is drawn from these, a name that stands there twice twice as often.
     """
 
     kinds: tuple[str, ...] = KINDS
@@ -77,11 +82,15 @@ class RequestConfig:
     fields: int = 8
     max_number: int = 20
     max_operand: int = 9
+    annotators: tuple[str, ...] = ("best",)
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or not self.kinds:
-            raise UserError(f"requests.kinds: {', '.join(unknown) or 'none'}; known: {KINDS}")
+        for name, known in (("kinds", KINDS), ("annotators", ANNOTATORS)):
+            chosen = getattr(self, name)
+            unknown = sorted(set(chosen) - set(known))
+            if unknown or not chosen:
+                named = ", ".join(unknown) or "none"
+                raise UserError(f"requests.{name}: {named}; known: {known}")
         needed, known = self.max_parts * (self.max_steps + 1), len(_THINGS.split())
         checks = {
             "3 <= min_parts <= max_parts <= 8": 3 <= self.min_parts <= self.max_parts <= 8,
@@ -123,7 +132,10 @@ def generate(
         prompt = _Author(rng, config).write(kind)
         held_out = zlib.crc32(prompt.encode()) % VALIDATION_SHARE == 0
         if prompt and held_out == (split == "validation"):
-            answer = language.to_text(program_of(parts_of(prompt)))
+            annotator = config.annotators[0]
+            if len(config.annotators) > 1:
+                annotator = config.annotators[int(rng.integers(len(config.annotators)))]
+            answer = language.to_text(program_of(parts_of(prompt), annotator))
             exchange = (Message("user", prompt), Message("assistant", answer))
             return Conversation(exchange, file=f"requests:{split}", line=index + 1)
     raise UserError(f"requests: too few requests are possible for a {split} split: {config}")
@@ -222,28 +234,36 @@ def _counted(label: str, entries: Sequence[str], values: dict[str, int]) -> Part
     return Part(label, line, str(value), after)
 
 
-def program_of(parts: Sequence[Part]) -> Program:
-    """The annotated answer: parts that start from nothing unwritten are written at once, the last
-    of them by main itself."""
+def program_of(parts: Sequence[Part], annotator: str = "best") -> Program:
+    """The annotated answer. `best`: parts that start from nothing unwritten are written at once,
+    the last of them by main itself; the others are told at the top."""
+    groups = [list(parts)] if annotator == "all" else _groups(parts)
+    items: list[Item] = []
+    threads: list[str] = []
+    for number, group in enumerate(groups):
+        count = {"half": len(group) // 2, "none": 0}.get(annotator, len(group) - 1)
+        promised, own = group[:count], group[count:]
+        items += [Promise(part.label, _estimate(part.line)) for part in promised]
+        threads += [part.line for part in promised]
+        text = "".join(part.line for part in own)
+        if items and isinstance(items[-1], Text):
+            items[-1] = Text(items[-1].text + text)
+        else:
+            items.append(Text(text))
+        if promised and number < len(groups) - 1:
+            items.append(Sync())
+    return Program(tuple(items), tuple(threads))
+
+
+def _groups(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts in their order, each group of those that start from nothing that it holds."""
     groups: list[list[Part]] = []
     for part in parts:
         fresh = not groups or part.last or part.after in [one.label for one in groups[-1]]
         groups += [[part]] if fresh else []
         if not fresh:
             groups[-1].append(part)
-    items: list[Item] = []
-    threads: list[str] = []
-    for number, group in enumerate(groups):
-        *promised, own = group
-        items += [Promise(part.label, _estimate(part.line)) for part in promised]
-        threads += [part.line for part in promised]
-        if items and isinstance(items[-1], Text):
-            items[-1] = Text(items[-1].text + own.line)
-        else:
-            items.append(Text(own.line))
-        if promised and number < len(groups) - 1:
-            items.append(Sync())
-    return Program(tuple(items), tuple(threads))
+    return groups
 
 
 def _estimate(line: str) -> int:

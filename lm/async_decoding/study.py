@@ -11,11 +11,15 @@ measured at once, and what is finished is not done again.
 | schemes | `fork_join_sum`; `oracle`, which cannot be decoded |
 | plot | none: plots/ |
 
-Rows of all models are in eval.jsonl: kind "async" as of `evaluate` at batch 1, "preference" as of
-`preference`, "held_out" (the loss that compares schemes of positions) and "training". answers/NAME
-is what a model answered, weights/predicted what the lambdas start from; weights of another model
-are there until it has its row. Of a model that is half trained, or half through its rounds, nothing
-outlives runs/.
+Rows of all models are in eval.jsonl: kind "async" as of `evaluate`, of answers in batches, with
+the wall-clock times of the first questions, answered again at batch 1; "preference" as of
+`preference`, "held_out" (the loss that compares schemes of positions) and "training".
+answers/NAME and timed/NAME are what a model answered, weights/predicted what the lambdas start
+from; weights of another model are there until it has its row. Of a model that is half trained, or
+half through its rounds, nothing outlives runs/.
+
+Whoever annotated the data, `sot` and `apar` learn from the best annotations: a poor one is no fault
+of theirs.
 """
 
 import dataclasses
@@ -41,8 +45,9 @@ from lm.async_decoding import (
     training,
 )
 from lm.async_decoding.config import RunConfig
+from lm.async_decoding.quality import Question
 from lm.async_decoding.runs import Run
-from lm.config import require_choice, to_dict
+from lm.config import require_choice, require_positive, to_dict
 from lm.data import packing
 from lm.errors import UserError
 from lm.progress import say
@@ -54,7 +59,9 @@ from lm.workdir import Workdir, provenance
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
 BASELINE, START = "plain", "predicted"
+TIMED = 32  # questions that are answered at batch 1
 ROWS = "eval.jsonl"
+ANSWERS, TIMES = "answers", "timed"  # folders, by model
 _FIRST = 2  # lambdas that come before the other baselines
 # what is trained on data alone
 _SFT = {
@@ -64,6 +71,7 @@ _SFT = {
 }
 _FORMS = ("plain", "sot", "apar")  # the others are schemes of positions
 _SECTIONS = (*studies.MADE, "threads", "requests")
+_WALL = ("speedup_wall", "speedup_wall_ci95", "realised")  # of a row: from the times
 _COLUMNS = (
     *("name", "lambda", "quality", "quality_difference", "speedup_critical_path", "speedup_wall"),
     *("realised", "tokens", "steps", "well_formed", "n"),
@@ -76,11 +84,13 @@ def run(
     lambdas: Sequence[float] = LAMBDAS,
     stage: str = "all",
     minutes: float | None = None,
+    timed: int = TIMED,
 ) -> dict[str, Any]:
     """Runs a stage, or all of them, for at most `minutes`.
 
     config: of stage "sft"; every model's is made from it.
     lambdas: the first two are of stage "preference", the others of "lambdas".
+    timed: how many questions are answered at batch 1.
 
     Returns `stage`, `done`, `rows` (of all models that were measured), `held_out_loss` by scheme,
     `no_pairs` (lambdas whose first round had none, which leaves `predicted` as it is),
@@ -92,7 +102,7 @@ def run(
     require_choice("--stage", stage, (*STAGES, "all"))
     if config.threads.stage != "sft":
         raise UserError("a study begins with SFT: config.stage must be sft")
-    recipe = _Recipe(config, tuple(lambdas))
+    recipe = _Recipe(config, tuple(lambdas), timed)
     calls = {name: functools.partial(recipe.measure, name) for name in STAGES[:-1]}
     found = studies.run(config, workdir, calls | {"plot": _plot}, stage, minutes)
     rows = _of_kind(workdir, evaluate.KIND)
@@ -118,8 +128,10 @@ class _Recipe:
 
     config: RunConfig
     lambdas: tuple[float, ...]
+    timed: int = TIMED
 
     def __post_init__(self) -> None:
+        require_positive("--timed", self.timed)
         if not self.lambdas or len(set(self.lambdas)) < len(self.lambdas):
             raise UserError(f"lambdas must differ, and be at least one: {self.lambdas}")
         for weight in self.lambdas:
@@ -138,13 +150,15 @@ class _Recipe:
 
     def config_of(self, name: str, start: str = "") -> RunConfig:
         """A model's config. start: the weights that preference optimisation begins with."""
-        threads = self.config.threads
+        threads, asked = self.config.threads, self.config.requests
         if name not in self.weights:
             if name in _FORMS:
                 threads = dataclasses.replace(threads, form=name)
             else:
                 threads = dataclasses.replace(threads, form="async", positions=name)
-            return dataclasses.replace(self.config, threads=threads)
+            if name in _SFT["forms"]:
+                asked = dataclasses.replace(asked, annotators=("best",))
+            return dataclasses.replace(self.config, threads=threads, requests=asked)
         own = dataclasses.replace(self.config.preference, quality_weight=self.weights[name])
         threads = dataclasses.replace(threads, stage="preference", form="async", positions=START)
         data = dataclasses.replace(self.config.data, tokenizer="auto")
@@ -193,6 +207,7 @@ class _Recipe:
             config = self.config_of(name, str(work.weights(START)))
             own = config.preference
             make = samplers.decoder(config, own.threads, own.prompts_at_once * own.samples)
+            self._share_samples(work, name)
             call = functools.partial(preference.run, config, folder, make, clock=work.clock)
             newest = preference.round_path(folder.path, own.rounds)
         else:
@@ -215,6 +230,16 @@ class _Recipe:
                 self._add(work, name, row)
         return True
 
+    def _share_samples(self, work: Study, name: str) -> None:
+        """A first round asks what that of another lambda asked, of the same model: its samples
+        serve all."""
+        folder = preference.round_path(work.runs / name, 1)
+        drawn = [preference.round_path(work.runs / one, 1) for one in self.weights]
+        found = [one / preference.SAMPLES for one in drawn if (one / preference.DONE).exists()]
+        if found and not (folder / preference.SAMPLES).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found[0], folder / preference.SAMPLES)
+
     def _rows(self, work: Study, name: str) -> None:
         """The rows of a trained model. Raises OutOfTime."""
         place = work.weights(name)
@@ -226,18 +251,30 @@ class _Recipe:
             return
         asked = quality.questions(runs.conversations(self.config, "validation"))
         own = self.config.preference
-        options = evaluate.Options(scorer=own.scorer, threads=own.threads)
-        make = samplers.decoder(self.config, own.threads, 1)
-        answers = _answers(work.workdir, name)
-        found = evaluate.measure(place, self.config, asked, make, options, work.clock, answers)
-        against = found if name == BASELINE else evaluate.kept(_answers(work.workdir, BASELINE))
-        if against is None:
-            raise UserError(f"{answers.path.parent} has lost what {BASELINE} answered")
-        row = evaluate.row_of(found, against, asked, options)
+        row = self._row(work, name, ANSWERS, asked, own.prompts_at_once * own.samples)
+        times = self._row(work, name, TIMES, asked[: self.timed], 1)
+        row |= {key: times[key] for key in _WALL if key in times} | {"timed": times["n"]}
         for one in _of_kind(work.workdir, "training"):
             if one["name"] == name and "round" in one:
                 row["round"] = one["round"]
         self._add(work, name, {**row, "source": self.config.data.source})
+
+    def _row(
+        self, work: Study, name: str, kind: str, asked: Sequence[Question], batch: int
+    ) -> dict[str, Any]:
+        """What a model answered, beside the baseline. Raises OutOfTime."""
+        own = self.config.preference
+        options = evaluate.Options(scorer=own.scorer, batch_size=batch, threads=own.threads)
+        make = samplers.decoder(self.config, own.threads, batch)
+        folder = _answers(work.workdir, kind, name)
+        place = work.weights(name)
+        found = evaluate.measure(place, self.config, asked, make, options, work.clock, folder)
+        against = found
+        if name != BASELINE:
+            against = evaluate.kept(_answers(work.workdir, kind, BASELINE))
+        if against is None or len(against.answers) != len(asked):
+            raise UserError(f"{folder.path.parent} has not what {BASELINE} answered to these")
+        return evaluate.row_of(found, against, asked, options)
 
     def _add(self, work: Study, name: str, row: dict[str, Any]) -> None:
         """Appends a row, and what is needed to understand it later."""
@@ -260,7 +297,7 @@ def held_out_loss(resolved: Run, params: Params) -> tuple[float, int]:
 
 
 def _plot(work: Study) -> dict[str, Any]:
-    folders = sorted((work.workdir.path / "answers").glob("*"))
+    folders = sorted((work.workdir.path / ANSWERS).glob("*"))
     drawn = figures.draw(figures.gather([work.workdir.path]), figures.timelines(folders))
     return {"plots": figures.save(drawn, work.workdir.path / "plots")}
 
@@ -297,5 +334,5 @@ def _has(workdir: Workdir, kind: str, name: str) -> bool:
     return any(row["name"] == name for row in _of_kind(workdir, kind))
 
 
-def _answers(workdir: Workdir, name: str) -> Workdir:
-    return Workdir(workdir.path / "answers" / name)
+def _answers(workdir: Workdir, kind: str, name: str) -> Workdir:
+    return Workdir(workdir.path / kind / name)

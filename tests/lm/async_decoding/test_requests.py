@@ -73,6 +73,34 @@ def test_programs_know_what_depends_on_what(kind):
         assert bool(program.threads) == (kind != "chain") or kind == "linked"
 
 
+@pytest.mark.parametrize("kind", requests.KINDS)
+def test_annotators_promise_more_or_less(kind):
+    """What a reader gets is the same; only `all` promises what it cannot know."""
+    counts = {}
+    for annotator in requests.ANNOTATORS:
+        found = list(examples(kind, 30, annotators=(annotator,)))
+        for (prompt, program), (other, best) in zip(found, examples(kind, 30), strict=True):
+            assert prompt == other
+            assert language.render(program) == language.render(best)
+            if annotator == "all":
+                assert len(program.threads) == len(requests.parts_of(prompt)) - 1
+                assert Sync() not in program.items
+        counts[annotator] = sum(len(program.threads) for _, program in found)
+    assert counts["none"] == 0 <= counts["half"] <= counts["best"] <= counts["all"]
+    assert (0 < counts["half"] < counts["best"]) == (kind != "chain")
+    assert (counts["best"] == counts["all"]) == (kind in ("sums", "facts"))
+
+
+def test_annotators_are_drawn():
+    names = ("half", "half", "best", "all")
+    mixed = [program for _, program in examples("plan", 200, annotators=names)]
+    alone = {name: [p for _, p in examples("plan", 200, annotators=(name,))] for name in names}
+    shares = {name: sum(a == b for a, b in zip(mixed, alone[name], strict=True)) for name in names}
+    assert sum(shares.values()) == 200
+    assert 70 < shares["half"] < 130
+    assert min(shares.values()) > 30
+
+
 def test_parts_are_scored_apart():
     prompt, program = next(examples("plan"))
     lines = language.render(program).split("\n")
@@ -132,6 +160,7 @@ def test_requests_are_a_prepared_data_set(tmp_path):
     [
         ({"kinds": ("sums", "poems")}, "requests.kinds: poems; known"),
         ({"kinds": ()}, "requests.kinds: none"),
+        ({"annotators": ("best", "worst")}, "requests.annotators: worst; known"),
         ({"min_parts": 2}, "3 <= min_parts"),
         ({"max_steps": 20}, r"max_parts \* \(max_steps \+ 1\) <= 72"),
         ({"fields": 9}, "fields <= 8"),

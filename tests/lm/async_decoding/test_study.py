@@ -31,6 +31,7 @@ from tests.lm.async_decoding.test_preference import OWN, Decoder
 
 CONFIG = dataclasses.replace(BASE, preference=OWN)
 QUESTIONS, SAMPLES = CONFIG.data.eval_conversations, OWN.prompts * OWN.samples
+BATCH, TIMED = OWN.prompts_at_once * OWN.samples, 2
 SFT = {"sft": ("plain", "predicted"), "forms": ("sot",), "schemes": ("oracle",)}
 
 
@@ -91,12 +92,12 @@ def run(path, monkeypatch, checks=10**9, **options):
     looks = itertools.count(1)
     with monkeypatch.context() as patch:
         patch.setattr(Clock, "left", lambda self: 1e6 if next(looks) <= checks else -1)
-        return study.run(CONFIG, Workdir(path), (2.0, math.inf), **options)
+        return study.run(CONFIG, Workdir(path), (2.0, math.inf), timed=TIMED, **options)
 
 
 def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
-    # looks at the clock: before a model, twice around its training, before every answer
-    found = run(tmp_path, monkeypatch, 3 + QUESTIONS + 3 + 2)
+    # looks at the clock: before a model, twice around its training, before every batch of answers
+    found = run(tmp_path, monkeypatch, (3 + 1 + TIMED) + (3 + 1 + 1))
     assert (found["stage"], found["done"]) == ("sft", False)
     assert [row["name"] for row in found["rows"]] == ["plain"]
     assert counted.trained == ["plain", "predicted"]
@@ -104,7 +105,8 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     shutil.rmtree(tmp_path / "runs")
     assert run(tmp_path, monkeypatch, stage="sft")["done"]
     assert counted.trained == ["plain", "predicted"]
-    assert counted.answered["greedy 8, 1"] == 2 * QUESTIONS  # each twice, in two calls
+    assert counted.answered[f"greedy 8, {BATCH}"] == QUESTIONS
+    assert counted.answered["greedy 8, 1"] == 2 * TIMED  # each twice, in two calls
     assert [one.name for one in (tmp_path / "weights").iterdir()] == ["predicted"]
     loaded, _ = runs.load(tmp_path / "weights" / "predicted")
     vocab = loaded.setup.tokenizer.vocab_size
@@ -137,6 +139,8 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     assert losses[0]["tokens"] == losses[1]["tokens"] > 0
     (last,) = [row for row in kept if row["kind"] == evaluate.KIND and row["name"] == "lambda_2"]
     assert last["round"] == OWN.rounds
+    assert (last["n"], last["timed"]) == (QUESTIONS, TIMED)
+    assert last["realised"] > 0 < last["speedup_wall"]
     again = run(tmp_path, monkeypatch)
     assert again == result
     assert len(Workdir(tmp_path).rows("eval.jsonl")) == len(kept)
@@ -168,6 +172,22 @@ def test_the_last_round_with_pairs_is_measured(tmp_path, counted, monkeypatch):
     assert not (tmp_path / "weights" / "lambda_2").exists()
 
 
+def test_lambdas_share_the_first_samples(tmp_path, counted, monkeypatch):
+    monkeypatch.setattr(study, "_FIRST", 2)
+    study.run(CONFIG, Workdir(tmp_path), (2.0, 8.0), "sft")
+    assert study.run(CONFIG, Workdir(tmp_path), (2.0, 8.0), "preference")["done"]
+    assert counted.answered["samples 2"] == OWN.rounds * SAMPLES
+    assert counted.answered["samples 8"] == (OWN.rounds - 1) * SAMPLES
+
+
+def test_other_forms_learn_from_the_best_annotations():
+    asked = dataclasses.replace(CONFIG.requests, annotators=("half", "all"))
+    recipe = study._Recipe(dataclasses.replace(CONFIG, requests=asked), (2.0,))
+    assert recipe.config_of("predicted").requests == asked
+    assert recipe.config_of("lambda_2").requests == asked
+    assert recipe.config_of("sot").requests == CONFIG.requests
+
+
 def test_refusals(tmp_path, counted):
     workdir = Workdir(tmp_path)
     for stage in ("preference", "forms", "lambdas", "schemes"):
@@ -180,6 +200,8 @@ def test_refusals(tmp_path, counted):
     for lambdas, reason in (((), "at least one"), ((2.0, 2.0), "must differ"), ((-1.0,), "weight")):
         with pytest.raises(UserError, match=reason):
             study.run(CONFIG, workdir, lambdas)
+    with pytest.raises(UserError, match="--timed"):
+        study.run(CONFIG, workdir, timed=0)
     staged = ThreadConfig(stage="preference")
     with pytest.raises(UserError, match=r"config\.stage must be sft"):
         study.run(dataclasses.replace(CONFIG, threads=staged, init_from="x"), workdir)
