@@ -59,6 +59,7 @@ from lm.workdir import Workdir, provenance
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
 BASELINE, START = "plain", "predicted"
+BATCH = 128  # questions that are answered together; a skeleton makes several of each
 TIMED = 32  # questions that are answered at batch 1
 ROWS = "eval.jsonl"
 ANSWERS, TIMES = "answers", "timed"  # folders, by model
@@ -250,8 +251,7 @@ class _Recipe:
         if name == "oracle":
             return
         asked = quality.questions(runs.conversations(self.config, "validation"))
-        own = self.config.preference
-        row = self._row(work, name, ANSWERS, asked, own.prompts_at_once * own.samples)
+        row = self._row(work, name, ANSWERS, asked, BATCH)
         times = self._row(work, name, TIMES, asked[: self.timed], 1)
         row |= {key: times[key] for key in _WALL if key in times} | {"timed": times["n"]}
         for one in _of_kind(work.workdir, "training"):

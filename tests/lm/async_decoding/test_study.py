@@ -31,7 +31,7 @@ from tests.lm.async_decoding.test_preference import OWN, Decoder
 
 CONFIG = dataclasses.replace(BASE, preference=OWN)
 QUESTIONS, SAMPLES = CONFIG.data.eval_conversations, OWN.prompts * OWN.samples
-BATCH, TIMED = OWN.prompts_at_once * OWN.samples, 2
+TIMED = 2
 SFT = {"sft": ("plain", "predicted"), "forms": ("sot",), "schemes": ("oracle",)}
 
 
@@ -105,7 +105,7 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     shutil.rmtree(tmp_path / "runs")
     assert run(tmp_path, monkeypatch, stage="sft")["done"]
     assert counted.trained == ["plain", "predicted"]
-    assert counted.answered[f"greedy 8, {BATCH}"] == QUESTIONS
+    assert counted.answered[f"greedy 8, {study.BATCH}"] == QUESTIONS
     assert counted.answered["greedy 8, 1"] == 2 * TIMED  # each twice, in two calls
     assert [one.name for one in (tmp_path / "weights").iterdir()] == ["predicted"]
     loaded, _ = runs.load(tmp_path / "weights" / "predicted")
