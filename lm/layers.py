@@ -14,6 +14,30 @@ from lm.config import LoraConfig, ModelConfig, RopeScaling
 RopeTable = tuple[jax.Array, jax.Array]  # cos and sin, [B, T, 1, H/2] each
 
 
+@jax.custom_vjp
+def lookup(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows [...] int32 of a table [R, D], as [..., D] of its dtype; the gradient of a row that is
+    read often is summed in float32.
+
+    In bfloat16, sums of thousands would stop growing; and GPUs have no atomic addition of
+    bfloat16 but a loop of tries, which stalls where many add to the same row.
+    """
+    return table[rows]
+
+
+def _lookup_forward(table, rows):
+    return table[rows], (table, rows)
+
+
+def _lookup_backward(residuals, g):
+    table, rows = residuals
+    sums = jnp.zeros(table.shape, jnp.float32).at[rows].add(g.astype(jnp.float32))
+    return sums.astype(table.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
 class Linear(nnx.Module):
     """y = x W (+ b) (+ (alpha / rank) x A B), contracting the last `len(inputs)` axes of x."""
 

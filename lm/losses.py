@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm import contexts, transformer
+from lm import contexts, layers, transformer
 from lm.config import ModelConfig
 from lm.sharding import Sharding
 from ops.linear_log_prob import linear_log_prob
@@ -80,9 +80,8 @@ def log_probs_of(
     execution: Execution,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """The edges' targets under the states of their rows; returns as `sharded_log_prob`."""
-    rows = batch["edge_rows"][..., None]
     with jax.named_scope("edges"):
-        x = jnp.take_along_axis(states, rows, axis=1)  # [B, E, D]
+        x = jax.vmap(layers.lookup)(states, batch["edge_rows"])  # [B, E, D]
         table = transformer.unembedding(config, params).astype(x.dtype)
     return sharded_log_prob(
         x, table, batch["edge_targets"], weights, execution, config.logit_softcap

@@ -151,7 +151,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, C]:
         config = self.config
         with jax.named_scope("embed"):
-            x = self.embed.table[...].astype(config.dtype)[tokens]  # [B, T, D]
+            x = layers.lookup(self.embed.table[...].astype(config.dtype), tokens)  # [B, T, D]
             if config.scale_embeddings:
                 x = x * jnp.sqrt(jnp.asarray(config.embed_dim, x.dtype))
             x = context.constrain(x)

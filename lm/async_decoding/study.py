@@ -4,19 +4,23 @@ measured at once, and what is finished is not done again.
 
 | stage | models |
 |---|---|
-| sft | `plain`, the sequential baseline; `predicted`; `fork_join_max` |
+| sft | `base`; from it `plain`, the sequential baseline; `predicted`; `fork_join_max` |
 | preference | the first two lambdas, from `predicted` |
 | forms | `sot`, `apar` |
 | lambdas | the other lambdas |
 | schemes | `fork_join_sum`; `oracle`, which cannot be decoded |
 | plot | none: plots/ |
 
+The base is what a pretrained model is elsewhere: it writes the same answers in a row, was trained
+longer than what starts from it, and serves all. With an `init_from`, or data of one's own, there is
+none.
+
 Rows of all models are in eval.jsonl: kind "async" as of `evaluate`, of answers in batches, with
 the wall-clock times of the first questions, answered again at batch 1; "preference" as of
 `preference`, "held_out" (the loss that compares schemes of positions) and "training".
-answers/NAME and timed/NAME are what a model answered, weights/predicted what the lambdas start
-from; weights of another model are there until it has its row. Of a model that is half trained, or
-half through its rounds, nothing outlives runs/.
+answers/NAME and timed/NAME are what a model answered, weights/base and weights/predicted what the
+others start from; weights of another model are there until it has its row. Of a model that is half
+trained, or half through its rounds, nothing outlives runs/.
 
 Whoever annotated the data, `sot` and `apar` learn from the best annotations: a poor one is no fault
 of theirs.
@@ -58,7 +62,8 @@ from lm.workdir import Workdir, provenance
 
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
-BASELINE, START = "plain", "predicted"
+BASE, BASELINE, START = "base", "plain", "predicted"
+LONGER = 4  # times the steps of what starts from it: how long the base is trained
 BATCH = 128  # questions that are answered together; a skeleton makes several of each
 TIMED = 32  # questions that are answered at batch 1
 ROWS = "eval.jsonl"
@@ -116,10 +121,9 @@ def plan(config: RunConfig) -> dict[str, float]:
     """Training FLOPs of the models of SFT; says them."""
     recipe = _Recipe(config, LAMBDAS)
     # a token sees half of a row at most
+    names = [BASE] * recipe.has_base + [name for names in _SFT.values() for name in names]
     return {
-        name: studies.plan(name, recipe.config_of(name), config.data.seq_len / 2)
-        for names in _SFT.values()
-        for name in names
+        name: studies.plan(name, recipe.config_of(name), config.data.seq_len / 2) for name in names
     }
 
 
@@ -149,23 +153,42 @@ class _Recipe:
         by_stage = {"preference": preferred[:_FIRST], "lambdas": preferred[_FIRST:]}
         return (_SFT | by_stage)[stage]
 
+    @property
+    def has_base(self) -> bool:
+        return self.config.data.source == "requests" and not self.config.init_from
+
+    def start_of(self, name: str) -> str:
+        """The model that another one is made from; "" is none of the recipe's."""
+        if name in self.weights:
+            return START
+        return BASE if self.has_base and name != BASE else ""
+
     def config_of(self, name: str, start: str = "") -> RunConfig:
-        """A model's config. start: the weights that preference optimisation begins with."""
-        threads, asked = self.config.threads, self.config.requests
-        if name not in self.weights:
-            if name in _FORMS:
-                threads = dataclasses.replace(threads, form=name)
-            else:
-                threads = dataclasses.replace(threads, form="async", positions=name)
-            if name in _SFT["forms"]:
-                asked = dataclasses.replace(asked, annotators=("best",))
-            return dataclasses.replace(self.config, threads=threads, requests=asked)
-        own = dataclasses.replace(self.config.preference, quality_weight=self.weights[name])
-        threads = dataclasses.replace(threads, stage="preference", form="async", positions=START)
-        data = dataclasses.replace(self.config.data, tokenizer="auto")
-        return dataclasses.replace(
-            self.config, threads=threads, preference=own, init_from=start or START, data=data
-        )
+        """A model's config. start: where the weights are that it begins with."""
+        config, threads = self.config, self.config.threads
+        if begins := self.start_of(name):
+            data = dataclasses.replace(config.data, tokenizer="auto")
+            config = dataclasses.replace(config, init_from=start or begins, data=data)
+        if name in self.weights:
+            own = dataclasses.replace(config.preference, quality_weight=self.weights[name])
+            threads = dataclasses.replace(
+                threads, stage="preference", form="async", positions=START
+            )
+            return dataclasses.replace(config, threads=threads, preference=own)
+        if name == BASE:
+            steps = LONGER * config.train.steps
+            config = dataclasses.replace(
+                config, train=dataclasses.replace(config.train, steps=steps)
+            )
+        if name in _SFT["forms"]:
+            asked = dataclasses.replace(config.requests, annotators=("best",))
+            config = dataclasses.replace(config, requests=asked)
+        if name in (BASE, *_FORMS):
+            form = "plain" if name == BASE else name
+            threads = dataclasses.replace(threads, form=form)
+        else:
+            threads = dataclasses.replace(threads, form="async", positions=name)
+        return dataclasses.replace(config, threads=threads)
 
     def sections(self, name: str) -> tuple[str, ...]:
         """Those of a config that make the model what it is."""
@@ -203,16 +226,18 @@ class _Recipe:
         """Leaves weights/NAME, and rows of the training; False where preference optimisation has no
         pairs to begin with, which leaves a row that says so. Raises OutOfTime."""
         folder, preferred = Workdir(work.runs / name), name in self.weights
+        begins = self.start_of(name)
+        if begins:
+            self._train(work, begins)  # only where it is not there any more
+        config = self.config_of(name, str(work.weights(begins)) if begins else "")
         if preferred:
-            self._train(work, START)  # only where it is not there any more
-            config = self.config_of(name, str(work.weights(START)))
             own = config.preference
             make = samplers.decoder(config, own.threads, own.prompts_at_once * own.samples)
             self._share_samples(work, name)
             call = functools.partial(preference.run, config, folder, make, clock=work.clock)
             newest = preference.round_path(folder.path, own.rounds)
         else:
-            config, newest = self.config_of(name), folder.path
+            newest = folder.path
             call = functools.partial(training.run, config, folder)
         try:
             if not studies.trained(work, name, config, call, newest, self.sections(name)):

@@ -77,3 +77,16 @@ def test_linear_with_bias_and_adapter():
     linear.lora_b[...] = jax.random.normal(jax.random.key(2), (3, 2, 6))
     update = jnp.einsum("btij,ijr,rkl->btkl", x, linear.lora_a[...], linear.lora_b[...])
     np.testing.assert_allclose(linear(x), base + 2.0 * update, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_row_that_is_read_often_has_the_whole_gradient(dtype):
+    """A sum of ones in bfloat16 stops at 256."""
+    rows = jnp.asarray([[0] * 3000 + [2, 3], [0] * 2000 + [2] * 1002])
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), dtype)
+    out, pull = jax.vjp(layers.lookup, table, rows)
+    np.testing.assert_array_equal(out, np.asarray(table)[np.asarray(rows)])
+    gradient, _ = pull(jnp.ones_like(out))
+    assert gradient.dtype == table.dtype
+    expected = np.repeat([[5000], [0], [1003], [1]], 2, axis=1)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), expected, rtol=2**-8)

@@ -97,17 +97,17 @@ def run(path, monkeypatch, checks=10**9, **options):
 
 def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     # looks at the clock: before a model, twice around its training, before every batch of answers
-    found = run(tmp_path, monkeypatch, (3 + 1 + TIMED) + (3 + 1 + 1))
+    found = run(tmp_path, monkeypatch, (5 + 1 + TIMED) + (3 + 1 + 1))
     assert (found["stage"], found["done"]) == ("sft", False)
     assert [row["name"] for row in found["rows"]] == ["plain"]
-    assert counted.trained == ["plain", "predicted"]
+    assert counted.trained == ["base", "plain", "predicted"]
     # another machine: weights, rows and answers are all there is
     shutil.rmtree(tmp_path / "runs")
     assert run(tmp_path, monkeypatch, stage="sft")["done"]
-    assert counted.trained == ["plain", "predicted"]
+    assert counted.trained == ["base", "plain", "predicted"]
     assert counted.answered[f"greedy 8, {study.BATCH}"] == QUESTIONS
     assert counted.answered["greedy 8, 1"] == 2 * TIMED  # each twice, in two calls
-    assert [one.name for one in (tmp_path / "weights").iterdir()] == ["predicted"]
+    assert {one.name for one in (tmp_path / "weights").iterdir()} == {"base", "predicted"}
     loaded, _ = runs.load(tmp_path / "weights" / "predicted")
     vocab = loaded.setup.tokenizer.vocab_size
     assert loaded.setup.valid_vocab == vocab < loaded.setup.model.vocab_size
@@ -120,7 +120,7 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     shutil.rmtree(tmp_path / "runs")
     result = run(tmp_path, monkeypatch)
     assert (result["stage"], result["done"]) == ("plot", True)
-    assert counted.trained == ["plain", "predicted", "sot", "oracle"]
+    assert counted.trained == ["base", "plain", "predicted", "sot", "oracle"]
     assert counted.answered["samples 2"] == OWN.rounds * SAMPLES
     assert [row["name"] for row in result["rows"]] == ["plain", "predicted", "lambda_2", "sot"]
     assert result["rows"][2]["lambda"] == 2
@@ -144,7 +144,7 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     again = run(tmp_path, monkeypatch)
     assert again == result
     assert len(Workdir(tmp_path).rows("eval.jsonl")) == len(kept)
-    assert len(counted.trained) == 4
+    assert len(counted.trained) == 5
     other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=2))
     with pytest.raises(UserError, match="plain was made by another config"):
         study.run(other, Workdir(tmp_path))
@@ -157,7 +157,8 @@ def test_the_last_round_with_pairs_is_measured(tmp_path, counted, monkeypatch):
 
     def stopped(config, folder, make, clock):
         place = folder.path / "round_1"
-        training.run(recipe.config_of("predicted"), Workdir(place))
+        base = str(work.weights("base"))
+        training.run(recipe.config_of("predicted", base), Workdir(place))
         file = place / "config.json"
         values = json.loads(file.read_text())
         values["threads"]["stage"] = "preference"
