@@ -147,6 +147,7 @@ def study() -> ConfigDict:
     config.train.epochs = 4  # of a round's pairs: 128 steps at most
     config.train.log_every = 50
     config.optimizer.learning_rate = 2e-3
+    config.preference.learning_rate = 1e-4
     config.sampling.max_new_tokens = 720
     return config
 
