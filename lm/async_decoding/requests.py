@@ -41,6 +41,7 @@ from lm.errors import UserError
 
 KINDS = ("sums", "facts", "plan", "linked", "chain")
 ANNOTATORS = ("best", "half", "none", "all")
+LEAST_PARTS = 3
 _ATTEMPTS = 1000
 _LABELS = "ABCDEFGH"
 _NAMES = "Ana Ben Cara Dan Eva Finn Gia Hal Ida Jon Kim Leo Mia Ned Ola Pat"
@@ -93,7 +94,10 @@ class RequestConfig:
                 raise UserError(f"requests.{name}: {named}; known: {known}")
         needed, known = self.max_parts * (self.max_steps + 1), len(_THINGS.split())
         checks = {
-            "3 <= min_parts <= max_parts <= 8": 3 <= self.min_parts <= self.max_parts <= 8,
+            "3 <= min_parts <= max_parts <= 8": LEAST_PARTS
+            <= self.min_parts
+            <= self.max_parts
+            <= len(_LABELS),
             "1 <= min_steps <= max_steps": 1 <= self.min_steps <= self.max_steps,
             f"max_parts * (max_steps + 1) <= {known}": needed <= known,
             f"1 <= fields <= {len(_FIELDS)}": 1 <= self.fields <= len(_FIELDS),

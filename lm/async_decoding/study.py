@@ -11,9 +11,10 @@ measured at once, and what is finished is not done again.
 | schemes | `fork_join_sum`; `oracle`, which cannot be decoded |
 | plot | none: plots/ |
 
-The base is what a pretrained model is elsewhere: it writes the same answers in a row, was trained
-longer than what starts from it, and serves all. With an `init_from`, or data of one's own, there is
-none.
+The base is what a pretrained model is elsewhere: it writes answers in a row, was trained longer
+than what starts from it, and serves all. Its requests go down to the smallest there are, from which
+a model learns to look words up much sooner than from long ones. With an `init_from`, or data of
+one's own, there is no base.
 
 Rows of all models are in eval.jsonl: kind "async" as of `evaluate`, of answers in batches, with
 the wall-clock times of the first questions, answered again at batch 1; "preference" as of
@@ -44,6 +45,7 @@ from lm.async_decoding import (
     front,
     preference,
     quality,
+    requests,
     runs,
     samplers,
     training,
@@ -63,7 +65,7 @@ from lm.workdir import Workdir, provenance
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
 BASE, BASELINE, START = "base", "plain", "predicted"
-LONGER = 4  # times the steps of what starts from it: how long the base is trained
+LONGER = 3  # times the steps of what starts from it: how long the base is trained
 BATCH = 128  # questions that are answered together; a skeleton makes several of each
 TIMED = 32  # questions that are answered at batch 1
 ROWS = "eval.jsonl"
@@ -177,8 +179,11 @@ class _Recipe:
             return dataclasses.replace(config, threads=threads, preference=own)
         if name == BASE:
             steps = LONGER * config.train.steps
+            small = {"min_parts": requests.LEAST_PARTS, "min_steps": 1, "annotators": ("best",)}
             config = dataclasses.replace(
-                config, train=dataclasses.replace(config.train, steps=steps)
+                config,
+                train=dataclasses.replace(config.train, steps=steps),
+                requests=dataclasses.replace(config.requests, **small),
             )
         if name in _SFT["forms"]:
             asked = dataclasses.replace(config.requests, annotators=("best",))
