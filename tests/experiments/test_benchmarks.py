@@ -52,3 +52,21 @@ def test_tuning_says_why_a_kernel_does_not_run_here():
         "benchmarks.tune_attention", "--implementation=mosaic_gpu", "--length=256"
     )
     assert "mosaic_gpu: runs on Hopper GPUs" in line
+
+
+def test_lookup_beside_its_alternatives(tmp_path):
+    result, _ = commands.run(
+        "benchmarks.lookup",
+        *("--tokens=4096", "--vocab=16", "--dim=8", "--repeats=3", "--seconds=0.05"),
+        f"--out={tmp_path}",
+    )
+    rows = {row["implementation"]: row for row in result["rows"]}
+    assert rows.keys() == result["ratios"].keys() == {"float32", "indexing", "one_hot", "sorted"}
+    for name, row in rows.items():
+        assert row["ms_p25"] <= row["ms"] <= row["ms_p75"]
+        assert (row["relative_error"] > 0.1) == (
+            name == "indexing"
+        )  # sums of bfloat16 stop growing
+    assert len((tmp_path / "lookup.jsonl").read_text().splitlines()) == 4
+    line = commands.refusal("benchmarks.lookup", "--contenders=sum")
+    assert "contender 'sum' is not one of float32, indexing" in line
