@@ -39,10 +39,10 @@ import jax
 from absl import flags
 
 from experiments import cli, compositions, gate
+from experiments.async_decoding import compose_flags
 from lm import prompting, transformer
 from lm.async_decoding import benchmark, figures, language, runs, training
 from lm.async_decoding.benchmark import Work
-from lm.async_decoding.compositions import CP_HEADS, FORMS, SPEC_KV, TOKEN_SELECT
 from lm.async_decoding.config import AsyncConfig, RunConfig
 from lm.async_decoding.runs import Run
 from lm.errors import UserError
@@ -58,21 +58,8 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
 WORKDIR = flags.DEFINE_string("workdir", None, "also append the rows to benchmark.jsonl there")
 BATCHES = flags.DEFINE_list("batches", list(map(str, DEFAULTS.batches)), "answers at once")
 THREADS = flags.DEFINE_list("threads", list(map(str, DEFAULTS.threads)), "blocks at once")
-COMPOSE = flags.DEFINE_list("compose", list(DEFAULTS.compose), ", ".join(FORMS.values()))
-DRAFT = flags.DEFINE_string("draft", "", "spec_kv: workdir or Hugging Face directory of a draft")
-DRAFT_LAYERS = flags.DEFINE_integer(
-    "draft_layers", 0, "spec_kv: instead of --draft, the model's first layers", lower_bound=0
-)
-DRAFT_TOKENS = flags.DEFINE_integer(
-    "draft_tokens", compositions.Parts.draft_tokens, "spec_kv: that vote", lower_bound=1
-)
-SELECT_INIT = flags.DEFINE_integer(
-    "select_init", compositions.Parts.select_init, "token_select: first tokens", lower_bound=0
-)
-SELECT_LOCAL = flags.DEFINE_integer(
-    "select_local", compositions.Parts.select_local, "token_select: last tokens", lower_bound=1
-)
-HEADS = flags.DEFINE_string("heads", "", "cp_heads: workdir or Hugging Face directory of a head")
+COMPOSE = flags.DEFINE_list("compose", list(DEFAULTS.compose), compose_flags.NAMES)
+compose_flags.define()
 ANSWERS = flags.DEFINE_integer("answers", 16, "of the data", lower_bound=1)
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 0, "at least, of a prompt", lower_bound=0)
 REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "rounds over all methods")
@@ -95,7 +82,7 @@ def main() -> dict[str, Any]:
         scheme=config.threads.positions,
         implementation=IMPLEMENTATION.value or config.train.implementation or None,
     )
-    parts = _parts()
+    parts = compose_flags.parts(COMPOSE.value)
     run, params = _model(config)
     if CHECKPOINT.value is not None:
         options = dataclasses.replace(options, scheme=run.config.threads.positions)
@@ -115,32 +102,6 @@ def main() -> dict[str, Any]:
     if failed:
         raise cli.CheckFailed(result, "; ".join(failed))
     return result
-
-
-def _parts() -> compositions.Parts:
-    """Where compositions get what they need. Raises UserError for what is missing, and for flags of
-    compositions that were not asked for."""
-    asked = {text.partition(":")[0] for text in COMPOSE.value}
-    for name, given in {
-        SPEC_KV: (DRAFT, DRAFT_LAYERS, DRAFT_TOKENS),
-        TOKEN_SELECT: (SELECT_INIT, SELECT_LOCAL),
-        CP_HEADS: (HEADS,),
-    }.items():
-        changed = [flag.name for flag in given if flag.value != flag.default]
-        if changed and name not in asked:
-            raise UserError(f"--{changed[0]}: only with --compose={FORMS[name]}")
-    if SPEC_KV in asked and not (DRAFT.value or DRAFT_LAYERS.value):
-        raise UserError(f"--compose={FORMS[SPEC_KV]} needs --draft or --draft_layers")
-    if CP_HEADS in asked and not HEADS.value:
-        raise UserError(f"--compose={CP_HEADS} needs --heads")
-    return compositions.Parts(
-        DRAFT.value,
-        DRAFT_LAYERS.value,
-        DRAFT_TOKENS.value,
-        SELECT_INIT.value,
-        SELECT_LOCAL.value,
-        HEADS.value,
-    )
 
 
 def _model(config: RunConfig) -> tuple[Run, transformer.Params]:

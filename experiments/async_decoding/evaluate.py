@@ -2,7 +2,7 @@
 r"""Quality and speed of trained runs on held-out questions, beside the sequential baseline.
 
     python -m experiments.async_decoding.evaluate --config=configs/async_decoding.py:smoke \
-        --checkpoint=DIR[,DIR...] [--baseline=DIR] [--data=FILE]
+        --checkpoint=DIR[,DIR...] [--baseline=DIR] [--data=FILE] [--compose=spec_kv:128 --draft=DIR]
 
 Each DIR is a workdir of `train`, of any form or stage; what preference optimisation left is
 measured after its last round. The baseline is --baseline, or the first DIR of form plain. FILE
@@ -10,6 +10,10 @@ holds prompts (AlpacaEval's JSON list, JSONL with an instruction, conversations)
 or rouge_l compare with its references, requests is exact and for the embedded data. Answers are
 decoded one at a time, twice, for times without compilation; --batch_size above 1 gives no speed-up
 on the wall. What was answered before is not answered again.
+
+--compose puts the decoder together with another method, under the names and flags of `benchmark`:
+what it costs in quality, and saves. Checkpoints of forms that this decoder does not write, such as
+the baseline, answer as ever.
 
 --judge=endpoint (with --url, --model, ...) or --judge=DIR (a Hugging Face directory or a workdir)
 adds win rates over the baseline, plain and length-controlled. --judgements=FILE,... reads files of
@@ -23,18 +27,24 @@ status 1 when a --require does not hold for the last row.
 """
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 from absl import flags
 
-from experiments import cli, gate
-from experiments.async_decoding import endpoint_flags
+from experiments import cli, compositions, gate
+from experiments.async_decoding import compose_flags, endpoint_flags
 from lm import prompting, setup
-from lm.async_decoding import evaluate, judge, quality, samplers
+from lm.async_decoding import composed, evaluate, judge, quality, samplers
+from lm.async_decoding import compositions as names
+from lm.async_decoding.compositions import NONE
 from lm.async_decoding.config import AsyncConfig
+from lm.async_decoding.decode import Pieces
 from lm.async_decoding.endpoint import Endpoint
+from lm.async_decoding.runs import Run
 from lm.errors import UserError
+from lm.transformer import Params
 
 NAMES = ("quality", "quality_difference", "speedup_critical_path", "speedup_wall", "realised")
 
@@ -46,6 +56,8 @@ SCORER = flags.DEFINE_enum("scorer", "requests", list(quality.SCORERS), "what qu
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "questions at once")
 THREADS = flags.DEFINE_integer("threads", 8, "blocks that are written at once")
 SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
+COMPOSE = flags.DEFINE_string("compose", NONE, compose_flags.NAMES)
+compose_flags.define()
 JUDGE = flags.DEFINE_string("judge", "", "endpoint, or a directory with a model")
 REPLIES = flags.DEFINE_string("replies", "judge.jsonl", "where an endpoint's judgements are kept")
 JUDGEMENTS = flags.DEFINE_list("judgements", [], "files of AlpacaEval's annotations")
@@ -79,20 +91,30 @@ def _measured(paths: list[pathlib.Path]) -> list[dict[str, Any]]:
     if cli.FLAGS.config is None:
         raise UserError("--checkpoint needs --config")
     config = cli.config(AsyncConfig).run()
+    parts = compose_flags.parts([COMPOSE.value])
     options = evaluate.Options(
         scorer=SCORER.value,
         batch_size=BATCH_SIZE.value,
         threads=THREADS.value,
         seed=SEED.value,
+        compose=COMPOSE.value,
+        compose_parts=repr(parts),
         judge=_judge(),
         judge_name=JUDGE.value if JUDGE.value != "endpoint" else str(cli.FLAGS.model),
     )
     baseline = pathlib.Path(BASELINE.value) if BASELINE.value else None
-    make = samplers.decoder(config, THREADS.value, BATCH_SIZE.value)
+    pieces = None if COMPOSE.value == NONE else functools.partial(_pieces, parts)
+    make = samplers.decoder(config, THREADS.value, BATCH_SIZE.value, pieces)
     rows = evaluate.run(config, paths, make, options, baseline)["rows"]
     if EXPORT.value:
         evaluate.export(list(dict.fromkeys(paths)), rows, pathlib.Path(EXPORT.value))
     return rows
+
+
+def _pieces(parts: compositions.Parts, run: Run, params: Params) -> Pieces:
+    """The decoder put together with what --compose names, for a model."""
+    makers = compositions.makers(prompting.of_run(run.setup, params), parts)
+    return composed.pieces(*names.build(COMPOSE.value, makers))
 
 
 def _judge() -> judge.Judge | None:

@@ -300,9 +300,7 @@ class _Threaded(_Run):
         lowered = composed.begin.lower(*fixed, *self.given(0), *arguments)
         limit = jax.ShapeDtypeStruct((), np.int32)
         state = lowered.out_info
-        more = composed.advance.lower(
-            *fixed, self.params, weights, self.known, state, self.scripts[0], limit
-        )
+        more = composed.advance.lower(*fixed, self.params, weights, self.known, state, limit)
         self.compiled = lowered.compile(), more.compile()
         self.memory = max(map(hardware.compiled_bytes, self.compiled))
 
@@ -316,9 +314,8 @@ class _Threaded(_Run):
         return self.compiled[0](*self.given(group), *self.ahead(group))
 
     def advance(self, state: Loop, group: int, limit: int) -> Loop:
-        script = self.scripts[group]
-        arguments = self.params, self.weights, self.known, state, script, np.int32(limit)
-        return self.compiled[1](*arguments)
+        del group  # its script is in the state
+        return self.compiled[1](self.params, self.weights, self.known, state, np.int32(limit))
 
     def steps(self, state: Loop, group: int) -> int:
         found = jax.device_get(state.threads)

@@ -3,7 +3,8 @@
 before the first token, and what a step is.
 
 `begin` and `advance` are the two compiled pieces of every composition. What draws tokens is handed
-in, as for `decode.step`, so that given programs can be forced through them.
+in, as for `decode.step`, so that given programs can be forced through them; `pieces` makes them
+draw as the decoder by itself does.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import numpy as np
 from lm.async_decoding import decode, pool
 from lm.async_decoding.decode import Choose, Forward, Loop, Program
 from lm.async_decoding.tables import Tables
+from lm.errors import UserError
 from lm.transformer import Params
 
 
@@ -87,7 +89,7 @@ def begin(
     every = jnp.pad(logits[:, None], ((0, 0), (0, program.rules.rows - 1), (0, 0)))
     lengths = arguments[1]
     state = decode.begin(program.rules, known, lengths, every, make(program, given), slots)
-    return Loop(filled, state, lengths)
+    return Loop(filled, state, given)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=6)
@@ -99,13 +101,39 @@ def advance(
     weights: Any,
     known: Tables,
     state: Loop,
-    given: Any,
     limit: jax.Array | np.ndarray | int,
 ) -> Loop:
     """Goes on until every request is done, or has taken `limit` steps."""
-    choose = make(program, given)
+    choose = make(program, state.keys)
 
     def one(state: Loop) -> Loop:
         return composition.step(program, params, weights, known, state, choose)
 
     return jax.lax.while_loop(functools.partial(decode.unfinished, limit), one, state)
+
+
+def drawing(program: Program, keys: jax.Array) -> Choose:
+    """The decoder's own draws, by a key per request."""
+    return functools.partial(decode.draw, program, keys)
+
+
+def pieces(composition: Composition, weights: Any) -> decode.Pieces:
+    """What `decode.answers` runs, under a composition. Not for a mesh.
+
+    What starts a batch raises UserError for a prompt that is shorter than the composition's budget.
+    """
+
+    def start(program, params, known, tokens, lengths, indices, key) -> Loop:
+        if program.sharding is not None:
+            raise UserError("a composition runs on one device")
+        # methods need not know what an empty prompt is: what fills up a batch is its first request
+        own = np.where(lengths > 0, np.arange(len(lengths)), 0)
+        tokens, lengths, indices = (np.asarray(x)[own] for x in (tokens, lengths, indices))
+        keys = jax.vmap(lambda index: jax.random.fold_in(key, index))(indices)
+        arguments = composition.ahead(program, params, tokens, lengths)
+        return begin(program, composition, drawing, params, known, keys, *arguments)
+
+    def go_on(program, params, known, state: Loop, limit) -> Loop:
+        return advance(program, composition, drawing, params, weights, known, state, limit)
+
+    return decode.Pieces(start, go_on)

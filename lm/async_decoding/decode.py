@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,20 @@ class Loop:
 
     pool: Any  # a `Pool`, or what a `Forward` that is no model keeps
     threads: State
-    keys: jax.Array  # [B] one key per request
+    keys: Any  # what draws need, per request: [B] keys
+
+
+# (program, params, tables, *what `request` gives) -> the loop after the first tokens
+Start = Callable[..., Loop]
+# (program, params, tables, loop, limit) -> the loop, gone on as `advance` does
+Advance = Callable[..., Loop]
+
+
+class Pieces(NamedTuple):
+    """What `speak` runs. `prefill` and `advance` are those of the decoder by itself."""
+
+    start: Start
+    advance: Advance
 
 
 def answers(
@@ -113,6 +126,7 @@ def answers(
     batch: int = 16,
     sharding: Sharding | None = None,
     implementation: str | None = None,
+    pieces: Pieces | None = None,
 ) -> list[Answer]:
     """An answer to every prompt.
 
@@ -122,6 +136,7 @@ def answers(
       seed: request i draws from keys of (seed, i), whatever else is asked.
       batch: so many requests are decoded together, requests of like lengths first. Shapes are
         bucketed: calls with the same settings compile a few programs once.
+      pieces: of a composition (`composed.pieces`); None: of the decoder by itself.
 
     Raises:
       UserError: no prompts, an empty one, or positions that cannot be decoded.
@@ -137,6 +152,7 @@ def answers(
         batch=batch,
         sharding=sharding,
         implementation=implementation,
+        pieces=pieces,
     )
 
 
@@ -150,9 +166,11 @@ def speak(
     batch: int = 16,
     sharding: Sharding | None = None,
     implementation: str | None = None,
+    pieces: Pieces | None = None,
 ) -> list[Answer]:
     """`answers` of any model; one whose tokenizer lacks the tags answers sequentially."""
     require_positive("batch", batch)
+    pieces = pieces or Pieces(prefill, advance)
     encoded = [encode(speaker, prompt) for prompt in prompts]
     lengths = generate.prompt_lengths(encoded)
     order = sorted(range(len(encoded)), key=lambda index: lengths[index])
@@ -164,11 +182,11 @@ def speak(
         program = _program(speaker, rules, settings, ids, sharding, implementation)
         least = batch if len(order) > batch else 0
         arguments = request(program, ids, seed, indices=chosen, least=least)
-        state = prefill(program, speaker.params, known, *arguments)
+        state = pieces.start(program, speaker.params, known, *arguments)
         # compiles, and draws nothing
-        state = jax.block_until_ready(advance(program, speaker.params, known, state, 0))
+        state = jax.block_until_ready(pieces.advance(program, speaker.params, known, state, 0))
         began = time.perf_counter()
-        state = advance(program, speaker.params, known, state, _ENDLESS)
+        state = pieces.advance(program, speaker.params, known, state, _ENDLESS)
         state = jax.block_until_ready(state)
         seconds = time.perf_counter() - began
         host = jax.device_get(state.threads)

@@ -24,7 +24,15 @@ import jax
 import numpy as np
 
 from lm import prompting, tuned
-from lm.async_decoding import baselines, instructions, language, pairs, quality, runs
+from lm.async_decoding import (
+    baselines,
+    compositions,
+    instructions,
+    language,
+    pairs,
+    quality,
+    runs,
+)
 from lm.async_decoding.answers import Answer
 from lm.async_decoding.config import RunConfig
 from lm.async_decoding.judge import Judge, Judgement, length_controlled
@@ -40,6 +48,7 @@ from lm.transformer import Params
 from lm.workdir import Workdir
 
 KIND = "async"
+THREADED = ("async", "apar")  # forms that the decoder writes
 FOLDER = "evaluation"
 _TIMELINES = 3  # answers whose threads are kept for a picture: those with the most
 
@@ -50,6 +59,8 @@ class Options:
 
     batch_size: questions answered at once; only at 1 there are speed-ups on the wall.
     threads: blocks that are written at once.
+    compose: a text of `compositions`, what the decoder is put together with; compose_parts: what it
+      takes, as answers depend on it. Answers in a row, and SoT's, are written without.
     judge: says how often an answer beats the baseline's; judge_name tells its rows from others'.
     """
 
@@ -57,6 +68,8 @@ class Options:
     batch_size: int = 1
     threads: int = 8
     seed: int = 0
+    compose: str = compositions.NONE
+    compose_parts: str = ""
     judge: Judge | None = None
     judge_name: str = ""
 
@@ -64,6 +77,7 @@ class Options:
         require_positive("--batch_size", self.batch_size)
         require_positive("--threads", self.threads)
         quality.scorer(self.scorer)
+        compositions.parse(self.compose)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +250,13 @@ def _key(
         "threads": options.threads,
         "seed": options.seed,
     }
+    if _composed(options, form):
+        parts["compose"] = [options.compose, options.compose_parts]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _composed(options: Options, form: str) -> bool:
+    return options.compose != compositions.NONE and form in THREADED
 
 
 def _answers(
@@ -298,6 +318,7 @@ def row_of(
     warnings: collections.Counter[str] = collections.Counter()
     for answer in found.answers:
         warnings.update(answer["warnings"])
+    composes = _composed(options, found.about["form"])
     row: dict[str, Any] = {
         "kind": KIND,
         **found.about,
@@ -324,6 +345,7 @@ def row_of(
         "batch": options.batch_size,
         "scorer": options.scorer,
         "seed": options.seed,
+        "compose": options.compose if composes else compositions.NONE,
         "key": "-".join([found.key, *([] if against is None else [against.key]),
                          *([options.judge_name] if options.judge else [])]),
     }  # fmt: skip

@@ -96,12 +96,13 @@ def draw(
 
 
 def label_of(row: Row) -> str:
-    """What a row's run is called: `async predicted`, with `λ=2` after preference optimisation."""
-    weight = row.get("lambda")
-    if weight is None:
-        return row["method"]
-    shown = "∞" if weight == "inf" else f"{weight:g}"
-    return f"{row['method']} λ={shown}"
+    """What a row's run is called: `async predicted`, with `λ=2` after preference optimisation, and
+    what it was put together with."""
+    weight, name = row.get("lambda"), row["method"]
+    if weight is not None:
+        name += f" λ={'∞' if weight == 'inf' else format(weight, 'g')}"
+    composed = row.get("compose") or "none"
+    return name if composed == "none" or composed in name else f"{name} {composed}"
 
 
 def _short(row: Row) -> str:

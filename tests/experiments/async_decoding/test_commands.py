@@ -100,3 +100,18 @@ def test_annotated_files_are_trained(tmp_path):
 def test_presets_are_whole(preset):
     config = freeze(async_decoding.get_config(preset).to_dict(), AsyncConfig)
     assert config.run().threads.stage == "sft"
+
+
+def test_quality_under_a_composition(tmp_path):
+    commands.run("async_decoding.train", *TINY, f"--workdir={tmp_path}")
+    flags = (SMOKE, f"--checkpoint={tmp_path}", "--config.data.eval_conversations=2")
+    compose = ("--compose=evict:streaming_llm:16", "--config.sampling.max_new_tokens=12")
+    result, _ = commands.run("async_decoding.evaluate", *flags, *compose, "--batch_size=2")
+    (row,) = result["rows"]
+    assert (row["method"], row["compose"]) == ("async predicted", "evict:streaming_llm:16")
+    assert row["n"] == 2
+    assert 0 < row["steps"] <= 12
+    line = commands.refusal("async_decoding.evaluate", *flags, "--heads=x")
+    assert "--heads: only with --compose=cp_heads" in line
+    line = commands.refusal("async_decoding.evaluate", *flags, "--compose=evict:none:16")
+    assert "'none' is not one of snapkv" in line
