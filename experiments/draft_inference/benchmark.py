@@ -15,10 +15,10 @@ target, 0 to the layers that fit into the device's memory beside the draft. Prom
 tokens. draft_ms is part of ttft_ms; total_ms ends with the last of --new_tokens; cache_bytes are
 alive in decoding, prefill_cache_bytes at most during prefill; draft_bytes are the draft's
 parameters and cache; agreement is of the text with dense attention's. Rows go to benchmark.jsonl of
---workdir as they come. The last line is {"rows": [{"method": ..., "context": n, "draft_ms": x, "ttft_ms": x,
-"total_ms": x, "decode_tokens_per_s": x, "requests_per_s": x, "peak_bytes": n, "agreement": x, ...},
-...], "first_token": x, "total": x, "layers": n}: dense over the first other method at the last
-context. Exit status 1 when a --require does not hold.
+--workdir as they come. The last line is {"rows": [{"method": ..., "context": n, "draft_ms": x,
+"ttft_ms": x, "total_ms": x, "decode_tokens_per_s": x, "requests_per_s": x, "peak_bytes": n,
+"agreement": x, ...}, ...], "first_token": x, "total": x, "layers": n}: dense over the first other
+method at the last context. Exit status 1 when a --require does not hold.
 """
 
 import dataclasses
