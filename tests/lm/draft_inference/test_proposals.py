@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import contexts, transformer
-from lm.config import ModelConfig, SamplingConfig
+from lm import contexts, sharding, transformer
+from lm.config import MeshConfig, ModelConfig, SamplingConfig
 from lm.draft_inference import speculate
 from lm.draft_inference.method import Drafted
 from lm.draft_inference.methods import VOTED, WATCHING
@@ -122,6 +122,15 @@ def test_a_draft_knows_nothing_of_the_rest_of_the_batch():
         assert counts[: len(texts)].tolist() == [TOKENS] * len(texts)
         assert counts[len(texts) :].tolist() == [0] * (len(counts) - len(texts))
         np.testing.assert_array_equal(again[len(texts) - 1], got[1])
+
+
+def test_four_devices_draft_as_one():
+    split = sharding.make(MeshConfig(data=2, fsdp=1, tensor=2), MODEL)
+    program = Program(MODEL, GREEDY, snapkv(24), sharding=split)
+    program, request = decode.request(program, prompts(), (), jax.random.key(0))
+    weights = jax.device_put(params(), split.params(params()))
+    found = InBlocks(proposals(), snapkv(24)).look(program, weights, request, TOKENS, None)
+    np.testing.assert_array_equal(found.tokens, drafted(24)[0])
 
 
 def test_an_end_of_text_ends_a_draft():
