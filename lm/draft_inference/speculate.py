@@ -86,8 +86,7 @@ def generations(
     """What `decode.decode` gives with this method, and how many drafted tokens it was spared.
 
     block: tokens that are drafted for every pass after the first, which verifies those that the
-      method drafts anyway; 0: none. A drafter that cannot go on (LAQ++, heads) drafts none, which
-      is said.
+      method drafts anyway; 0: none. A drafter that cannot go on (LAQ++, heads) says so.
 
     Raises UserError as that does, and for a method whose drafted tokens do not vote in the target.
     """
@@ -111,9 +110,8 @@ def generations(
     seen = found.lookahead
     state, accepted = first(program, params, found.request, seen.tokens, seen.counts)
     drafted = jnp.minimum(seen.counts, program.policy.extra)
-    static = _Block(decode.stepping(program), None, None, 0)
-    if writer is not None:
-        static = _Block(static.program, writer.model, writer.valid_vocab, block)
+    about = (None, None, 0) if writer is None else (writer.model, writer.valid_vocab, block)
+    static = _Block(decode.stepping(program), *about)
     state, *counted = advance(
         static,
         params,
