@@ -3,22 +3,27 @@
 so that commands get the parts of a composition here."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lm import train, tuned
 from lm.async_decoding.compositions import Makers
 from lm.async_decoding.drafting import Proposer
-from lm.config import SamplingConfig
+from lm.config import ModelConfig, SamplingConfig, to_dict
 from lm.cp_heads import attach, decode, speaking
 from lm.cp_heads.drafters import Heads, Known, Target
 from lm.draft_inference import pipeline
 from lm.draft_inference.config import DraftSettings
 from lm.draft_inference.methods import Methods
+from lm.draft_inference.proposals import Opener, Proposals
 from lm.errors import UserError
+from lm.long_context import asking
 from lm.long_context.policy import Method
+from lm.progress import say
 from lm.prompting import Speaker
 from lm.token_select import methods as selections
 from lm.token_select.config import SelectConfig
@@ -46,7 +51,8 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """The most likely tokens by a CP head, one after the other."""
+    """Tokens by a CP head, one after the other: the most likely ones, unless it is said how they
+    are drawn."""
 
     target: Target
     drafter: Heads
@@ -55,12 +61,30 @@ class Chain:
     def length(self) -> int:
         return self.drafter.length
 
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError for a model that it was not made for."""
+        (vocab, width), own = (model.vocab_size, model.embed_dim), self.target.model
+        if (vocab, width) != (own.vocab_size, own.embed_dim):
+            raise UserError(
+                f"the head is for {own.vocab_size} tokens and width {own.embed_dim}, the model has "
+                f"{vocab} and {width}"
+            )
+
     def __call__(
-        self, params: Params, weights: Any, states: jax.Array, last: jax.Array
+        self,
+        params: Params,
+        weights: Any,
+        states: jax.Array,
+        last: jax.Array,
+        sampling: SamplingConfig | None = None,
+        keys: jax.Array | None = None,
     ) -> jax.Array:
-        known = Known(states, last, jnp.zeros_like(last))
-        keys = jax.random.split(jax.random.key(0), len(last))  # nothing is drawn
-        given = self.target, params, weights, (), known, keys
+        target, known = self.target, Known(states, last, jnp.zeros_like(last))
+        if sampling is None:
+            keys = jax.random.split(jax.random.key(0), len(last))  # nothing is drawn
+        else:
+            target = dataclasses.replace(target, sampling=sampling)
+        given = target, params, weights, (), known, keys
         return self.drafter.draft(*given)[0].tokens[:, 0]
 
 
@@ -85,11 +109,7 @@ def makers(speaker: Speaker, parts: Parts) -> Makers:
         return selections.Methods(select).make(selections.OWN, budget)
 
     def cp_heads() -> tuple[Proposer, Any]:
-        loaded = speaking.load(pathlib.Path(parts.heads), dtype=speaker.model.dtype)
-        if loaded.speaker.tokenizer.fingerprint != speaker.tokenizer.fingerprint:
-            raise UserError(f"{parts.heads}: its head drafts tokens of another tokenizer")
-        attach.check_shapes(loaded.head, loaded.config, speaker.model, parts.heads)
-        return chain(speaker, Heads(loaded.config), loaded.head)
+        return _head(speaker, parts.heads)[1:]
 
     named = bool(parts.draft or parts.draft_layers)
     return Makers(
@@ -101,10 +121,33 @@ def makers(speaker: Speaker, parts: Parts) -> Makers:
 
 
 def chain(speaker: Speaker, drafter: Heads, weights: Any) -> tuple[Chain, Any]:
-    """A head as what drafts for threads of a model, and its weights. Raises UserError for one that
-    does not fit, or predicts a single token."""
+    """A head as what drafts for a model, and its weights. Raises UserError for one that does not
+    fit, or predicts a single token."""
     target = Target(speaker.model, SamplingConfig(temperature=0.0), valid_vocab=speaker.valid_vocab)
     drafter.check(target)
     if drafter.chains > 1 or not drafter.length:
-        raise UserError("threads draft one chain each, by a head that predicts 2 tokens or more")
+        raise UserError("drafts are one chain each, by a head that predicts 2 tokens or more")
     return Chain(target, drafter), decode.prepare(target, weights)
+
+
+def proposals(path: str) -> Opener:
+    """What opens the head in a workdir or a Hugging Face directory as a target's own draft."""
+    return functools.partial(_proposals, path=path)
+
+
+def _proposals(speaker: Speaker, path: str) -> Proposals:
+    loaded, proposer, weights = _head(speaker, path)
+    if tuned.digest(loaded.speaker.params) != tuned.digest(speaker.params):
+        say(f"the head in {path} was trained with other weights than the target's")
+    digest = asking.fingerprint([train.params_sha256(loaded.head), to_dict(loaded.config)])
+    return Proposals(proposer, weights, f"heads:{path}", digest)
+
+
+def _head(speaker: Speaker, path: str) -> tuple[speaking.Drafting, Chain, Any]:
+    """A head with its own model, and as what drafts for another. Raises UserError for one of
+    another tokenizer or shape."""
+    loaded = speaking.load(pathlib.Path(path), dtype=speaker.model.dtype)
+    if loaded.speaker.tokenizer.fingerprint != speaker.tokenizer.fingerprint:
+        raise UserError(f"{path}: its head drafts tokens of another tokenizer")
+    attach.check_shapes(loaded.head, loaded.config, speaker.model, path)
+    return loaded, *chain(speaker, Heads(loaded.config), loaded.head)

@@ -10,7 +10,8 @@ on your own prompts, and how good the draft is.
         --data=PROMPTS.jsonl
 
 DIR is a workdir or a Hugging Face directory; --config.draft.layers=N drafts with the target's own
-first layers instead. --target=A,B --draft=A,B are trained pairs, over which intervals are taken.
+first layers instead, and --heads=DIR with a CP head on it, for methods that need only the drafted
+tokens. --target=A,B --draft=A,B are trained pairs, over which intervals are taken.
 A budget is what is kept of a prompt, in tokens or as a share of the context. A line of --data has
 a "prompt" and maybe "references", or is one of LongBench's ("context", "input", "answers",
 "dataset"), which has a scorer of its own. "agnostic" questions come when a part of the prompt has
@@ -30,7 +31,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, gate
+from experiments import cli, compositions, gate
 from experiments.long_context import flags as shared
 from lm.draft_inference import evaluate
 from lm.draft_inference.config import DraftConfig
@@ -42,6 +43,7 @@ cli.define_config(data=False)
 REQUIRE = gate.define(NAMES)
 TARGET = flags.DEFINE_list("target", [], "workdirs or Hugging Face directories")
 DRAFT = flags.DEFINE_list("draft", [], "the same of drafts (default: the config's draft.path)")
+HEADS = flags.DEFINE_list("heads", [], "instead: the same of CP heads on the targets")
 HF_TARGET = flags.DEFINE_string("hf_target", None, "another name for --target")
 HF_DRAFT = flags.DEFINE_string("hf_draft", None, "another name for --draft")
 shared.define_comparison(
@@ -64,7 +66,10 @@ def main() -> dict[str, Any]:
         questions=tuple(QUESTIONS.value),
         templates=TEMPLATES.value,
     )
-    drafts = _paths("draft", DRAFT.value, HF_DRAFT.value) or [""]
+    drafts = _paths("draft", DRAFT.value, HF_DRAFT.value)
+    if drafts and HEADS.value:
+        raise UserError("--draft and --heads both name a draft: pass one of them")
+    drafts = drafts or [compositions.proposals(path) for path in HEADS.value] or [""]
     paths = [pathlib.Path(path) for path in targets]
     result = evaluate.run(config, paths, drafts, options, shared.kept(config))
     known = {name: math.nan if result[name] is None else result[name] for name in NAMES}

@@ -6,9 +6,10 @@
         [--speculate=4]
 
 DIR is a workdir or a Hugging Face directory; --config.draft.layers=N drafts with the target's own
-first layers. Text appears as it is drawn. --speculate=N verifies the drafted tokens instead of
-throwing them away, and N more in every further pass of the target: the text is the same, it comes
-at once, and what steps read is not counted.
+first layers, --heads=DIR with a CP head on it, several tokens in each of its passes. Text appears
+as it is drawn. --speculate=N verifies the drafted tokens instead of throwing them away, and N more
+in every further pass of the target (none with --heads, which propose once): the text is the same,
+it comes at once, and what steps read is not counted.
 
 The last line is {"text": ..., "tokens": n, "prompt_tokens": n, "stopped": x, "tokens_read": x,
 "tokens_kept": x, "speculation": {"drafted": n, "accepted": n, "passes": n}, "dense": {"text": ...,
@@ -23,12 +24,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli
+from experiments import cli, compositions
 from experiments.long_context import flags as shared
 from lm.config import SamplingConfig
 from lm.draft_inference import evaluate, pipeline, speculate
 from lm.draft_inference.config import DraftConfig
 from lm.draft_inference.method import Drafted
+from lm.draft_inference.methods import VOTED
 from lm.errors import UserError
 from lm.generate import Generation
 from lm.long_context.options import Options
@@ -39,6 +41,7 @@ from lm.prompting import Speaker
 cli.define_config(data=False)
 TARGET = flags.DEFINE_string("target", None, "workdir or directory", required=True)
 DRAFT = flags.DEFINE_string("draft", "", "the same of the draft (default: draft.path)")
+HEADS = flags.DEFINE_string("heads", "", "instead: the same of a CP head on the target")
 METHOD = flags.DEFINE_string("method", "speckv", "any of evaluate")
 BUDGET = flags.DEFINE_integer("budget", None, "tokens kept (default: the config's)", lower_bound=1)
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most", lower_bound=1)
@@ -54,10 +57,15 @@ shared.define_running()
 def main() -> dict[str, Any]:
     text = shared.text()
     config, path = cli.config(DraftConfig), pathlib.Path(TARGET.value)
-    pair = evaluate.opened(config, path, DRAFT.value, Options(dtype=cli.FLAGS.dtype))
+    if HEADS.value and DRAFT.value:
+        raise UserError("--draft and --heads both name a draft: pass one of them")
+    source = compositions.proposals(HEADS.value) if HEADS.value else DRAFT.value
+    pair = evaluate.opened(config, path, source, Options(dtype=cli.FLAGS.dtype))
     speaker, methods = pair.judge.speaker, pair.judge.methods
     budget = None if METHOD.value == evaluate.DENSE else BUDGET.value or methods.budget
     policy = methods.build(METHOD.value, budget)
+    if HEADS.value and METHOD.value not in VOTED:
+        raise UserError(f"--heads: {METHOD.value} takes no draft")
     prompt = speaker.prompt(text, chat=cli.FLAGS.chat)
     sampling = SamplingConfig(temperature=TEMPERATURE.value, max_new_tokens=MAX_NEW_TOKENS.value)
     key = jax.random.key(cli.FLAGS.seed)

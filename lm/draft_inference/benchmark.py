@@ -19,6 +19,7 @@ from lm import generate, hardware, transformer
 from lm.config import ModelConfig, SamplingConfig
 from lm.draft_inference.draft import Draft, Drafter, FirstLayers
 from lm.draft_inference.methods import Methods
+from lm.draft_inference.proposals import InBlocks
 from lm.errors import UserError
 from lm.long_context import benchmark, decode
 from lm.long_context.benchmark import Options, Row
@@ -70,7 +71,7 @@ def complete(row: Row, model: ModelConfig, policy: Method, options: Options) -> 
     drops = decode.drops(policy, SamplingConfig(max_new_tokens=options.draws))
     row["prefill_cache_bytes"] = row["cache_bytes"] + (layer if drops else 0)
     drafter = getattr(policy, "drafter", None)
-    own, held = draft_bytes(drafter, model, row["batch"], size + options.draws)
+    own, held = draft_bytes(drafter, model, row["batch"], size, options.draws)
     if held is not None:
         row["draft_bytes"] = own + held
         # the draft looks before the target's cache is made
@@ -91,15 +92,18 @@ def parameter_bytes(model: ModelConfig) -> int:
 
 
 def draft_bytes(
-    drafter: Drafter | None, target: ModelConfig, batch: int, tokens: int
+    drafter: Drafter | None, target: ModelConfig, batch: int, prompt: int, tokens: int
 ) -> tuple[int, int | None]:
-    """Bytes of a draft's own parameters, and of its cache; the latter None where it is not known
-    from shapes (no draft, or one that is the target under another method)."""
+    """Bytes of a draft's own parameters, and of its cache of a padded prompt and new tokens; the
+    latter None where it is not known from shapes (no draft, or the target's own under LAQ++)."""
     if isinstance(drafter, Draft):
-        return parameter_bytes(drafter.model), cache_bytes(drafter.model, batch, tokens)
+        return parameter_bytes(drafter.model), cache_bytes(drafter.model, batch, prompt + tokens)
+    if isinstance(drafter, InBlocks):
+        lists = cache_bytes(target, batch, drafter.slots(prompt, tokens))
+        return drafter.proposals.bytes, lists
     if isinstance(drafter, FirstLayers):
         part = dataclasses.replace(target, num_layers=drafter.layers)
-        return 0, cache_bytes(part, batch, tokens)
+        return 0, cache_bytes(part, batch, prompt + tokens)
     return 0, None
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from lm import tables
 from lm.draft_inference import choice, comparison, draft, fidelity
-from lm.draft_inference.config import DraftConfig
-from lm.draft_inference.draft import Drafter, FirstLayers
+from lm.draft_inference.config import DraftConfig, DraftSettings
+from lm.draft_inference.draft import Drafter
 from lm.draft_inference.methods import Methods
+from lm.draft_inference.proposals import Opener
 from lm.errors import UserError
 from lm.long_context import asking, evaluate
 from lm.long_context import judge as judges
@@ -58,40 +59,63 @@ class Pair:
     """A target and what drafts for it."""
 
     judge: Judge
-    drafter: Drafter | None
-    draft: str  # as rows call it
+    draft: str  # as rows call it; "": none
 
 
 def opened(
     config: DraftConfig,
     target: pathlib.Path,
-    path: str,
+    path: str | Opener,
     options: Options,
     workdir: Workdir | None = None,
 ) -> Pair:
     """A target with its draft: a workdir or a Hugging Face directory each.
 
-    path: of the draft; "": what the config names, if anything.
+    path: of the draft; "": what the config names, if anything; or what opens the target's own
+      heads.
 
     Raises UserError: no such checkpoint, or two that do not read the same tokens.
     """
     settings = config.draft
+    if not isinstance(path, str):
+        return _by_heads(config, target, path, options, workdir)
     if path and settings.layers:
         raise UserError("--draft and draft.layers both name a draft: pass one of them")
     settings = dataclasses.replace(settings, path=path or settings.path)
     if options.tuned:
         return _tuned(config, target, path, options, workdir)
-    drafter: Drafter | None = FirstLayers(settings.layers) if settings.layers else None
-    loaded = None
-    if settings.path:
-        loaded = drafter = draft.load(settings.path, dtype=options.dtype)
+    loaded = draft.load(settings.path, dtype=options.dtype) if settings.path else None
     methods = Methods(settings, loaded)
     judge = judges.opened(config, methods, target, options, workdir)
     if loaded is not None:
         loaded.check_tokenizer(judge.speaker.tokenizer.fingerprint)
+    drafter = methods.drafter(methods.budget)
     if drafter is not None:
         drafter.check(judge.speaker.model)
-    return Pair(judge, drafter, settings.path or (f"layers:{settings.layers}" * bool(drafter)))
+    return Pair(judge, named(settings))
+
+
+def named(settings: DraftSettings) -> str:
+    """The draft of the settings as rows call it; "": none."""
+    return settings.path or (f"layers:{settings.layers}" if settings.layers else "")
+
+
+def _by_heads(
+    config: DraftConfig,
+    target: pathlib.Path,
+    opener: Opener,
+    options: Options,
+    workdir: Workdir | None,
+) -> Pair:
+    """A target that drafts by its own heads. Raises UserError where another draft is named."""
+    for given in (named(config.draft), options.tuned and f"--tuned={options.tuned}"):
+        if given:
+            raise UserError(f"--heads and {given} both name a draft: pass one of them")
+    methods = Methods(config.draft)
+    judge = judges.opened(config, methods, target, options, workdir)
+    proposals = opener(judge.speaker)
+    judge.methods = dataclasses.replace(methods, proposals=proposals)
+    return Pair(judge, proposals.name)
 
 
 def _tuned(
@@ -115,7 +139,7 @@ def _tuned(
 def run(
     config: DraftConfig,
     targets: Sequence[pathlib.Path],
-    drafts: Sequence[str],
+    drafts: Sequence[str | Opener],
     options: Options,
     workdir: Workdir | None = None,
 ) -> dict[str, Any]:
@@ -262,7 +286,7 @@ def _fidelity(
     clock: Clock,
 ) -> list[dict[str, Any]]:
     """How good the draft is, at the first budget; nothing without one. Finished rows are kept."""
-    if pair.drafter is None:
+    if not pair.draft:
         return []
     judge, rows = pair.judge, []
     workdir, kept = judge.workdir, {}
@@ -272,13 +296,14 @@ def _fidelity(
     with Progress("draft", len(asked)) as progress:
         for cell in asked:
             budget = budgets[0].total(judge.methods, cell.length)
-            key = _key(pair, cell, budget, config)
+            drafter = judge.methods.drafter(budget)
+            key = _key(pair, drafter, cell, budget, config)
             if key not in kept:
                 clock.check()
                 questions, options = cell.make(), judge.options
                 made = fidelity.measure(
                     judge.speaker,
-                    pair.drafter,
+                    drafter,
                     config.draft.prompt,
                     questions,
                     budget,
@@ -295,10 +320,10 @@ def _fidelity(
     return rows
 
 
-def _key(pair: Pair, cell: Cell, budget: int, config: DraftConfig) -> str:
+def _key(pair: Pair, drafter: Drafter, cell: Cell, budget: int, config: DraftConfig) -> str:
     judge = pair.judge
     parts = [cell.name, cell.length, cell.seed, cell.count, cell.about, judge.chat, budget]
-    settings = repr((pair.drafter, config.draft.prompt, judge.speaker.model.dtype))
+    settings = repr((drafter, config.draft.prompt, judge.speaker.model.dtype))
     return asking.fingerprint([parts, settings, judge.hashes])
 
 

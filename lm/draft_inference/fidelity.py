@@ -16,6 +16,7 @@ from lm.config import SamplingConfig
 from lm.draft_inference import draft
 from lm.draft_inference.config import PromptSettings
 from lm.draft_inference.draft import Drafter, Lookahead
+from lm.draft_inference.proposals import InBlocks
 from lm.draft_inference.watch import Watch
 from lm.long_context import decode, quality
 from lm.long_context.asking import Questions
@@ -28,10 +29,10 @@ _LAYERS = 8  # that do not vote, as published; at most half of a model's
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """One prompt."""
+    """One prompt. Where a draft's attention is not seen there is no overlap, and no correlation."""
 
-    overlap: float  # share of the target's `budget` most important tokens that are the draft's
-    rank_correlation: float  # Spearman's, over all tokens of the prompt
+    overlap: float | None  # share of the target's `budget` most important tokens: the draft's, too
+    rank_correlation: float | None  # Spearman's, over all tokens of the prompt
     agreement: float  # of the drafted tokens with the target's greedy ones
 
 
@@ -53,7 +54,8 @@ def measure(
         implementation=implementation,
         valid_vocab=speaker.valid_vocab,
     )
-    of_draft = watch(settings, drafter.depth(model))
+    seen = not isinstance(drafter, InBlocks)
+    of_draft = watch(settings, drafter.depth(model)) if seen else None
     of_target = watch(settings, model.num_layers)
     found = []
     for first in range(0, len(questions.prompts), batch_size):
@@ -86,12 +88,12 @@ def _compared(
     found = []
     for row, prompt in enumerate(prompts):
         n = len(prompt)
-        pair = [np.asarray(x.importance[row, :n], np.float64) for x in (mine, own)]
         texts = [x.tokens[row, : x.counts[row]] for x in (mine, own)]
-        count = min(budget, n)
-        found.append(
-            Fidelity(overlap(*pair, count), rank_correlation(*pair), quality.agreement(*texts))
-        )
+        looks = None, None
+        if mine.importance is not None:
+            pair = [np.asarray(x.importance[row, :n], np.float64) for x in (mine, own)]
+            looks = overlap(*pair, min(budget, n)), rank_correlation(*pair)
+        found.append(Fidelity(*looks, quality.agreement(*texts)))
     return found
 
 
@@ -118,20 +120,23 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def row(found: Sequence[Fidelity], questions: Questions, budget: int) -> dict[str, Any]:
-    """Means over prompts; `chance` is the overlap of two random choices."""
+    """Means over prompts, None of what is not known; `chance` is the overlap of two random
+    choices."""
     lengths = [len(prompt) for prompt in questions.prompts]
     fields = {
         name: [getattr(one, name) for one in found]
         for name in ("overlap", "rank_correlation", "agreement")
     }
-    correlations = [x for x in fields["rank_correlation"] if np.isfinite(x)]
+    overlaps = [x for x in fields["overlap"] if x is not None]
+    known = [x for x in fields["rank_correlation"] if x is not None]
+    correlations = [x for x in known if np.isfinite(x)]
     return {
         "kind": "draft",
         "task": questions.name,
         "length": questions.length,
         "budget": budget,
-        "overlap": float(np.mean(fields["overlap"])),
-        "overlap_ci95": list(quality.interval(fields["overlap"])),
+        "overlap": float(np.mean(overlaps)) if overlaps else None,
+        "overlap_ci95": list(quality.interval(overlaps)) if overlaps else None,
         "chance": float(np.mean([min(budget, n) / n for n in lengths])),
         "rank_correlation": float(np.mean(correlations)) if correlations else None,
         "agreement": float(np.mean(fields["agreement"])),

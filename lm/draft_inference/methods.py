@@ -22,6 +22,7 @@ from lm.draft_inference.config import DraftSettings
 from lm.draft_inference.draft import Drafter, FirstLayers
 from lm.draft_inference.laq import OwnDraft
 from lm.draft_inference.method import Drafted
+from lm.draft_inference.proposals import InBlocks, Proposals
 from lm.draft_inference.spec_prefill import SpecPrefill
 from lm.draft_inference.speckv import SpecKV
 from lm.draft_inference.specpc import SpecPC
@@ -33,6 +34,8 @@ from lm.long_context.methods import DENSE
 from lm.long_context.policy import Method
 
 PAPER = ("speckv", "specpc", "speckv_pc", "ada_speckv")
+WATCHING = ("specpc", "speckv_pc", "spec_prefill")  # a draft's attention
+VOTED = ("speckv", "ada_speckv")  # by a draft's tokens alone
 OWN = (*PAPER, "laq", "spec_prefill")
 LAQ_TOKENS = 8  # a few, as its name says
 USUAL = (DENSE, "speckv", "specpc", "speckv_pc", "ada_speckv", "snapkv", "laq", "spec_prefill")
@@ -41,10 +44,12 @@ USUAL = (DENSE, "speckv", "specpc", "speckv_pc", "ada_speckv", "snapkv", "laq", 
 @dataclasses.dataclass(frozen=True)
 class Methods(methods.Methods):
     """The table at `DraftSettings`, with the draft that its methods share (None: only those that
-    need none can be made, unless `settings.layers` says that the target drafts)."""
+    need none can be made, unless `settings.layers` says that the target drafts, or `proposals` are
+    what its own heads say: then what only takes a draft's tokens can be, too)."""
 
     settings: DraftSettings = DraftSettings()
     draft: Drafter | None = None
+    proposals: Proposals | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,11 +76,12 @@ class Methods(methods.Methods):
             snapkv = EVICTORS["snapkv"](budget)
             keeps = self._speckv(budget, window=snapkv.window, reduce="mean", pool="mean")
             return Drafted(OwnDraft(snapkv), keeps, lookahead=LAQ_TOKENS)
+        drafter = self._drafter(name, budget)
         if name == "specpc":
-            return Drafted(self._drafter(name), Everything(budget), self._specpc(budget))
+            return Drafted(drafter, Everything(budget), self._specpc(budget))
         if name == "spec_prefill":
             compressor = SpecPrefill(budget, chunk=settings.prompt.chunk)
-            return Drafted(self._drafter(name), Everything(budget), compressor)
+            return Drafted(drafter, Everything(budget), compressor)
         keeps, compressor = self._speckv(budget), None
         if name == "ada_speckv":
             if settings.coverage:
@@ -83,16 +89,28 @@ class Methods(methods.Methods):
             keeps = AdaKV(budget, keeps, settings.floor, shared=True)
         if name == "speckv_pc":
             compressor = self._specpc(max(settings.prompt.budget, budget))
-        return Drafted(self._drafter(name), keeps, compressor, settings.lookahead)
+        return Drafted(drafter, keeps, compressor, settings.lookahead)
 
-    def _drafter(self, name: str) -> Drafter:
-        if self.draft is not None:
-            return self.draft
-        if self.settings.layers:
+    def drafter(self, budget: int) -> Drafter | None:
+        """Who drafts where so many tokens are kept; None: nobody."""
+        if self.proposals is not None:
+            return InBlocks(self.proposals, EVICTORS["snapkv"](budget))
+        if self.draft is None and self.settings.layers:
             return FirstLayers(self.settings.layers)
-        raise UserError(
-            f"{name} needs a draft: draft.path names one, or draft.layers of the target"
-        )
+        return self.draft
+
+    def _drafter(self, name: str, budget: int) -> Drafter:
+        found = self.drafter(budget)
+        if found is None:
+            raise UserError(
+                f"{name} needs a draft: draft.path names one, or draft.layers of the target"
+            )
+        if name in WATCHING and isinstance(found, InBlocks):
+            raise UserError(
+                f"{name} chooses by a draft's attention, and heads only propose tokens: it takes a "
+                "draft model, or draft.layers of the target"
+            )
+        return found
 
     def _speckv(self, budget: int, **others: Any) -> SpecKV:
         names = ("window", "kernel", "reduce", "pool", "band", "columns", "coverage")

@@ -30,6 +30,7 @@ from lm.generate import Generation
 from lm.long_context import decode
 from lm.long_context.eviction import layer_major
 from lm.long_context.program import Held, Program, Request
+from lm.progress import say
 from lm.sharding import Sharding
 
 
@@ -85,7 +86,7 @@ def generations(
     """What `decode.decode` gives with this method, and how many drafted tokens it was spared.
 
     block: tokens that are drafted for every pass after the first, which verifies those that the
-      method drafts anyway; 0: none. A drafter that cannot go on (LAQ++) drafts none.
+      method drafts anyway; 0: none. A drafter that cannot go on (LAQ++, heads) says so.
 
     Raises UserError as that does, and for a method whose drafted tokens do not vote in the target.
     """
@@ -103,13 +104,14 @@ def generations(
     params = generate.prepare(model, params)
     writer = method.drafter.writer(program, params) if block else None
     room = 0 if writer is None else new + block + 1
+    if block and writer is None:
+        say("what drafts here drafts once: its tokens are verified, later passes draw one each")
     found = method.look(program, params, request, room)
     seen = found.lookahead
     state, accepted = first(program, params, found.request, seen.tokens, seen.counts)
     drafted = jnp.minimum(seen.counts, program.policy.extra)
-    static = _Block(decode.stepping(program), None, None, 0)
-    if writer is not None:
-        static = _Block(static.program, writer.model, writer.valid_vocab, block)
+    about = (None, None, 0) if writer is None else (writer.model, writer.valid_vocab, block)
+    static = _Block(decode.stepping(program), *about)
     state, *counted = advance(
         static,
         params,

@@ -93,7 +93,7 @@ def _pair(config: DraftConfig, options: Options, work: Study, number: int) -> Pa
     drafter.check(speaker.model)
     methods = Methods(config.draft, drafter)
     judge = Judge(config, methods, options, speaker, label, False, work.workdir)
-    return Pair(judge, drafter, str(work.weights(draft)))
+    return Pair(judge, str(work.weights(draft)))
 
 
 def _plot(work: Study) -> dict[str, Any]:

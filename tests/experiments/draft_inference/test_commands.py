@@ -63,6 +63,58 @@ def test_evaluate_keeps_what_is_finished(pair, tmp_path):
         assert shown in html
 
 
+@pytest.fixture(scope="module")
+def headed(tmp_path_factory):
+    """Workdir of a model with a CP head."""
+    path = tmp_path_factory.mktemp("draft_inference") / "headed"
+    flags = (
+        *(f"--config.model.{x}" for x in SHAPE),
+        *("--config.data.source=arithmetic", "--config.data.limit=8", "--config.data.seq_len=64"),
+        *(
+            "--config.head.predicted=3",
+            "--config.head.rank=2",
+            "--config.data.eval_conversations=2",
+        ),
+        *("--config.train.steps=1", "--config.train.batch_size=1"),
+    )
+    smoke = "--config=configs/cp_heads.py:smoke"
+    commands.run("cp_heads.train", smoke, *flags, f"--workdir={path}")
+    return path
+
+
+def test_a_target_drafts_by_its_own_heads(headed, tmp_path):
+    own = (f"--target={headed}", f"--heads={headed}")
+    result, err = commands.run(
+        "draft_inference.evaluate",
+        *(TARGET[0], *own, f"--workdir={tmp_path}", "--tasks=passkey", "--lengths=384"),
+        *("--samples=1", "--budgets=64", "--methods=speckv"),
+    )
+    assert [row["method"] for row in result["rows"]] == ["speckv", "dense"]
+    (row,) = result["draft"]
+    assert row["draft"] == f"heads:{headed}"
+    assert row["overlap"] is row["rank_correlation"] is None
+    assert 0 <= row["agreement"] <= 1
+    assert "other weights" not in err
+    reads = [row["tokens_read"] for row in result["rows"]]
+    assert reads[0] < 100 < reads[1]
+    asked = ("draft_inference.generate", TARGET[0], *own, f"--prompt={'one by one, ' * 9}")
+    written, _ = commands.run(*asked, "--budget=40", "--max_new_tokens=4", "--nochat", "--nodense")
+    assert written["tokens_kept"] == 40
+    timed, _ = commands.run(
+        "draft_inference.benchmark",
+        *(TARGET[0], *own, "--contexts=150", "--new_tokens=2", "--repeats=1"),
+    )
+    rows = {row["method"]: row for row in timed["rows"]}
+    assert list(rows) == ["speckv", "dense", "snapkv"]
+    assert {row["draft"] for row in rows.values()} == {f"heads:{headed}"}
+    assert 0 < rows["speckv"]["draft_ms"] < rows["speckv"]["ttft_ms"]
+    # one layer, a list of 64 + 34 slots in a room of 128, 2 KV heads of 8, keys and values
+    assert rows["speckv"]["draft_bytes"] > 2 * 128 * 2 * 8 * 4
+    reason = commands.refusal(*asked, "--method=specpc")
+    assert "specpc chooses by a draft's attention, and heads only propose tokens" in reason
+    assert "--heads: snapkv takes no draft" in commands.refusal(*asked, "--method=snapkv")
+
+
 @pytest.mark.slow
 def test_a_file_of_longbench_asked_after_the_fact(pair, tmp_path):
     record = {"context": "So it was, " * 9, "input": "Was it?", "answers": ["so it was"]}
@@ -192,7 +244,10 @@ def test_plot(tmp_path):
         ),
         ("evaluate", (), "which target?"),
         ("evaluate", ("--target=none",), "none: no readable config.json"),
+        ("evaluate", ("--target=none", "--draft=a", "--heads=b"), "--draft and --heads both name"),
         ("benchmark", (OTHER, "--draft=none"), "each name a draft: pass one"),
+        ("benchmark", (OTHER, "--heads=none"), "each name a draft: pass one"),
+        ("benchmark", ("--heads=none",), "--heads are of a checkpoint"),
         ("benchmark", (), "speckv needs a draft"),
     ],
 )
