@@ -134,14 +134,14 @@ def run(
 
 def form_of(path: pathlib.Path) -> str:
     """The form of answers that a run was trained on. Raises UserError."""
-    return Workdir(runs.newest(path)).config(RunConfig).threads.form
+    return runs.config_at(path).threads.form
 
 
 def questions(config: RunConfig, path: pathlib.Path) -> list[Question]:
     """What is asked: of the source that a run was trained on only what it held out, of any other
     file everything, up to data.eval_conversations."""
     data = config.data
-    trained = Workdir(runs.newest(path)).config(RunConfig).data.source
+    trained = runs.config_at(path).data.source
     if data.source == "requests":
         return quality.questions(runs.conversations(config, "validation"))
     if pathlib.Path(trained).resolve() == pathlib.Path(data.source).resolve():

@@ -177,6 +177,13 @@ def newest(path: pathlib.Path) -> pathlib.Path:
     return next((one for one in found if (one / "checkpoints").is_dir()), path)
 
 
+def config_at(path: pathlib.Path) -> RunConfig:
+    """The config of a run, or of what `lm.studies` kept of one. Raises UserError."""
+    if (path / studies.RUN).exists():
+        return studies.config_of(path, RunConfig)
+    return Workdir(newest(path)).config(RunConfig)
+
+
 def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
     """The newest checkpoint of a run, or what `lm.studies` kept of one, adapters merged into the
     weights.
@@ -194,7 +201,7 @@ def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
 
 
 def _kept(path: pathlib.Path) -> tuple[Run, transformer.Params]:
-    config = studies.config_of(path, RunConfig)
+    config = config_at(path)
     config = dataclasses.replace(
         config,
         init_from=str(path),

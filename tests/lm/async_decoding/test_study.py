@@ -109,6 +109,7 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     assert counted.answered["greedy 8, 1"] == 2 * TIMED  # each twice, in two calls
     assert {one.name for one in (tmp_path / "weights").iterdir()} == {"base", "predicted"}
     loaded, _ = runs.load(tmp_path / "weights" / "predicted")
+    assert evaluate.form_of(tmp_path / "weights" / "predicted") == "async"
     vocab = loaded.setup.tokenizer.vocab_size
     assert loaded.setup.valid_vocab == vocab < loaded.setup.model.vocab_size
 
