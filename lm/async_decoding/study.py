@@ -232,8 +232,8 @@ class _Recipe:
         pairs to begin with, which leaves a row that says so. Raises OutOfTime."""
         folder, preferred = Workdir(work.runs / name), name in self.weights
         begins = self.start_of(name)
-        if begins:
-            self._train(work, begins)  # only where it is not there any more
+        if begins and not work.has(name):
+            self._train(work, begins)  # only where that is not there any more
         config = self.config_of(name, str(work.weights(begins)) if begins else "")
         if preferred:
             own = config.preference

@@ -119,9 +119,12 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     assert calls > 2
     assert counted.answered["samples 2"] == OWN.rounds * SAMPLES
     shutil.rmtree(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "weights" / "base")  # sot needs it again, a lambda does not
+    run(tmp_path, monkeypatch, stage="lambdas")
+    assert counted.trained == ["base", "plain", "predicted"]
     result = run(tmp_path, monkeypatch)
     assert (result["stage"], result["done"]) == ("plot", True)
-    assert counted.trained == ["base", "plain", "predicted", "sot", "oracle"]
+    assert counted.trained == ["base", "plain", "predicted", "base", "sot", "oracle"]
     assert counted.answered["samples 2"] == OWN.rounds * SAMPLES
     assert [row["name"] for row in result["rows"]] == ["plain", "predicted", "lambda_2", "sot"]
     assert result["rows"][2]["lambda"] == 2
@@ -145,7 +148,7 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     again = run(tmp_path, monkeypatch)
     assert again == result
     assert len(Workdir(tmp_path).rows("eval.jsonl")) == len(kept)
-    assert len(counted.trained) == 5
+    assert len(counted.trained) == 6
     other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=2))
     with pytest.raises(UserError, match="plain was made by another config"):
         study.run(other, Workdir(tmp_path))
