@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The whole recipe of async decoding: SFT, preference optimisation over lambda, the baselines and
-the schemes of positions, each model measured at batch 1, in calls of limited time.
+the schemes of positions, each model measured at once, in calls of limited time.
 
     python -m experiments.async_decoding.study --config=configs/async_decoding.py:study \
         --workdir=DIR [--stage=sft|preference|forms|lambdas|schemes|plot|all] [--minutes=9] \

@@ -118,10 +118,8 @@ def drawing(program: Program, keys: jax.Array) -> Choose:
 
 
 def pieces(composition: Composition, weights: Any) -> decode.Pieces:
-    """What `decode.answers` runs, under a composition. Not for a mesh.
-
-    What starts a batch raises UserError for a prompt that is shorter than the composition's budget.
-    """
+    """What `decode.answers` runs, under a composition; what starts a batch raises UserError on a
+    mesh. A prompt that is shorter than what is kept of one is kept whole."""
 
     def start(program, params, known, tokens, lengths, indices, key) -> Loop:
         if program.sharding is not None:

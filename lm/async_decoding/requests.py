@@ -136,9 +136,7 @@ def generate(
         prompt = _Author(rng, config).write(kind)
         held_out = zlib.crc32(prompt.encode()) % VALIDATION_SHARE == 0
         if prompt and held_out == (split == "validation"):
-            annotator = config.annotators[0]
-            if len(config.annotators) > 1:
-                annotator = config.annotators[int(rng.integers(len(config.annotators)))]
+            annotator = config.annotators[int(rng.integers(len(config.annotators)))]
             answer = language.to_text(program_of(parts_of(prompt), annotator))
             exchange = (Message("user", prompt), Message("assistant", answer))
             return Conversation(exchange, file=f"requests:{split}", line=index + 1)
@@ -263,10 +261,9 @@ def _groups(parts: Sequence[Part]) -> list[list[Part]]:
     """Parts in their order, each group of those that start from nothing that it holds."""
     groups: list[list[Part]] = []
     for part in parts:
-        fresh = not groups or part.last or part.after in [one.label for one in groups[-1]]
-        groups += [[part]] if fresh else []
-        if not fresh:
-            groups[-1].append(part)
+        if not groups or part.last or part.after in [one.label for one in groups[-1]]:
+            groups.append([])
+        groups[-1].append(part)
     return groups
 
 

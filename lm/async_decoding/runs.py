@@ -201,7 +201,7 @@ def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
 
 
 def _kept(path: pathlib.Path) -> tuple[Run, transformer.Params]:
-    config = config_at(path)
+    config = studies.config_of(path, RunConfig)
     config = dataclasses.replace(
         config,
         init_from=str(path),

@@ -20,6 +20,7 @@ from lm.config import ModelConfig, SamplingConfig
 from lm.draft_inference.watch import Watch, Watching
 from lm.errors import UserError
 from lm.hf import weights
+from lm.long_context.eviction.snapkv import SnapKV
 from lm.long_context.program import Program, Request
 from lm.sharding import Sharding
 from lm.transformer import Params
@@ -202,6 +203,29 @@ class FirstLayers:
     ) -> Lookahead:
         model, _, valid = self.writer(program, params)
         return looked(program, model, params, request, tokens, watch, valid_vocab=valid, room=room)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromKept:
+    """The target itself, drafting from what `policy` keeps of the prompt; subclasses say how."""
+
+    policy: SnapKV
+
+    def depth(self, target: ModelConfig) -> int:
+        return target.num_layers
+
+    def writer(self, program: Program, params: Params) -> None:
+        del program, params  # what it drafted from is gone
+
+    def slots(self, prompt: int, tokens: int) -> int:
+        """Of a kept list, for prompts that are padded to `prompt` tokens."""
+        return -(-(min(self.policy.budget, prompt) + tokens) // 64) * 64
+
+    def program(self, program: Program, prompt: int, tokens: int) -> Program:
+        """The target's, for `tokens` tokens after such prompts."""
+        drawn = dataclasses.replace(program.sampling, max_new_tokens=tokens)
+        capacity = self.slots(prompt, tokens)
+        return dataclasses.replace(program, policy=self.policy, sampling=drawn, capacity=capacity)
 
 
 def load(path: str | pathlib.Path, *, dtype: str | None = None) -> Draft:

@@ -10,29 +10,20 @@ prefill in place of the memory. An end of text is no drafted token.
 import dataclasses
 
 from lm.config import ModelConfig
-from lm.draft_inference.draft import Lookahead
+from lm.draft_inference.draft import FromKept, Lookahead
 from lm.draft_inference.watch import Watch
 from lm.errors import UserError
 from lm.long_context import decode
-from lm.long_context.eviction.snapkv import SnapKV
 from lm.long_context.program import Program, Request
 from lm.transformer import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnDraft:
-    """The target, generating with what `policy` keeps."""
-
-    policy: SnapKV
+class OwnDraft(FromKept):
+    """Token after token."""
 
     def check(self, target: ModelConfig) -> None:
         del target  # it is the target
-
-    def depth(self, target: ModelConfig) -> int:
-        return target.num_layers
-
-    def writer(self, program: Program, params: Params) -> None:
-        del program, params  # what it drafted from is gone
 
     def look(
         self,
@@ -47,13 +38,7 @@ class OwnDraft:
             raise UserError("LAQ++ drafts once")
         if watch is not None or tokens < 1:
             raise UserError("LAQ++ drafts at least one token, and nothing is seen of its attention")
-        kept = min(self.policy.budget, request.tokens.shape[1])
-        program = dataclasses.replace(
-            program,
-            policy=self.policy,
-            sampling=dataclasses.replace(program.sampling, max_new_tokens=tokens),
-            capacity=-(-(kept + tokens) // 64) * 64,
-        )
+        program = self.program(program, request.tokens.shape[1], tokens)
         state = decode.prefill(program, params, *request)
         state = decode.advance(decode.stepping(program), params, state, request.stop_ids, tokens)
         return Lookahead(state.tokens, state.counts, None)

@@ -94,7 +94,7 @@ class Methods(methods.Methods):
     def drafter(self, budget: int) -> Drafter | None:
         """Who drafts where so many tokens are kept; None: nobody."""
         if self.proposals is not None:
-            return InBlocks(self.proposals, EVICTORS["snapkv"](budget))
+            return InBlocks(EVICTORS["snapkv"](budget), self.proposals)
         if self.draft is None and self.settings.layers:
             return FirstLayers(self.settings.layers)
         return self.draft

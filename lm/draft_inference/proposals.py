@@ -22,11 +22,10 @@ import jax.numpy as jnp
 
 from lm import sampling, transformer
 from lm.config import ModelConfig, SamplingConfig
-from lm.draft_inference.draft import OWN, Lookahead
+from lm.draft_inference.draft import OWN, FromKept, Lookahead
 from lm.draft_inference.watch import Watch
 from lm.errors import UserError
 from lm.long_context.eviction import layer_major
-from lm.long_context.eviction.snapkv import SnapKV
 from lm.long_context.program import Held, Program, Request
 from lm.prompting import Speaker
 from lm.sharding import Sharding
@@ -86,24 +85,13 @@ Opener = Callable[[Speaker], Proposals]
 
 
 @dataclasses.dataclass(frozen=True)
-class InBlocks:
-    """The target drafts by `proposals`, from what `policy` keeps."""
+class InBlocks(FromKept):
+    """By `proposals`."""
 
     proposals: Proposals
-    policy: SnapKV
 
     def check(self, target: ModelConfig) -> None:
         self.proposals.proposer.check(target)
-
-    def depth(self, target: ModelConfig) -> int:
-        return target.num_layers
-
-    def writer(self, program: Program, params: Params) -> None:
-        del program, params  # what it drafted from is gone
-
-    def slots(self, prompt: int, tokens: int) -> int:
-        """Of a kept list, for prompts that are padded to `prompt` tokens."""
-        return -(-(min(self.policy.budget, prompt) + tokens) // 64) * 64
 
     def look(
         self,
@@ -121,10 +109,7 @@ class InBlocks:
         B, P = request.tokens.shape
         if not tokens:
             return Lookahead(jnp.zeros((B, 0), jnp.int32), jnp.zeros(B, jnp.int32), None)
-        drawn = dataclasses.replace(program.sampling, max_new_tokens=tokens)
-        program = dataclasses.replace(
-            program, policy=self.policy, sampling=drawn, capacity=self.slots(P, tokens)
-        )
+        program = self.program(program, P, tokens)
         static = _Looking(program, self.proposals.proposer, tokens)
         arguments = request.tokens, request.lengths, request.indices, request.stop_ids, request.key
         return _look(static, params, self.proposals.placed(program.sharding), *arguments)

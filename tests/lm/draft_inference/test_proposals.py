@@ -66,7 +66,7 @@ def drafted(budget, texts=None, stops=(), tokens=TOKENS, indices=None):
     program = Program(MODEL, sampling, snapkv(budget))
     texts = prompts() if texts is None else texts
     made = decode.request(program, texts, stops, jax.random.key(0), indices=indices)
-    found = InBlocks(proposals(), snapkv(budget)).look(made[0], params(), made[1], tokens, None)
+    found = InBlocks(snapkv(budget), proposals()).look(made[0], params(), made[1], tokens, None)
     assert found.importance is found.cache is None
     return np.asarray(found.tokens), np.asarray(found.counts)
 
@@ -129,7 +129,7 @@ def test_four_devices_draft_as_one():
     program = Program(MODEL, GREEDY, snapkv(24), sharding=split)
     program, request = decode.request(program, prompts(), (), jax.random.key(0))
     weights = jax.device_put(params(), split.params(params()))
-    found = InBlocks(proposals(), snapkv(24)).look(program, weights, request, TOKENS, None)
+    found = InBlocks(snapkv(24), proposals()).look(program, weights, request, TOKENS, None)
     np.testing.assert_array_equal(found.tokens, drafted(24)[0])
 
 
@@ -207,7 +207,7 @@ def test_drawn_drafts_follow_their_keys():
     program, request = decode.request(
         Program(MODEL, sampling, snapkv(24)), prompts(), (), jax.random.key(0)
     )
-    drafter = InBlocks(proposals(), snapkv(24))
+    drafter = InBlocks(snapkv(24), proposals())
     made = []
     for key in (0, 1, 0):
         given = request._replace(key=jax.random.key(key))
