@@ -29,6 +29,8 @@ from lm.token_select import methods as selections
 from lm.token_select.config import SelectConfig
 from lm.transformer import Params
 
+_CHUNK = 256  # of a prompt from which every step selects
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -96,7 +98,8 @@ def makers(speaker: Speaker, parts: Parts) -> Makers:
     select = SelectConfig(
         n_init=parts.select_init,
         n_local=parts.select_local,
-        chunk=min(SelectConfig.chunk, parts.select_local),
+        chunk=_CHUNK,
+        prefill="dense",  # a step's reading is what is composed; a prompt is read once
         rope="write",  # rows stand at several positions
         positions="true",
     )

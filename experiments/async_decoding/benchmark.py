@@ -15,9 +15,9 @@ long. --threads are numbers of blocks that are written at a time. --prompt_token
 before shorter prompts. --compose=evict:METHOD:TOKENS starts the threads from a prompt of which that
 many tokens were kept, spec_kv:TOKENS from one that SpecKV thins: what --draft_tokens tokens of
 --draft, or of the model's own first --draft_layers layers, attend to is kept, and the draft's time
-is part of prefill. token_select:TOKENS picks so many tokens of the prompt in every step, the
---select_init first and --select_local last ones among them. cp_heads drafts
-in every thread with the CP head of --heads; drafts are kept as far as they are the program's text.
+is part of prefill. token_select:TOKENS reads the prompt whole and picks so many of its tokens in
+every step, the --select_init first and --select_local last ones among them. cp_heads drafts in
+every thread with the CP head of --heads; drafts are kept as far as they are the program's text.
 --compose= and names that are unknown are refused with what there is.
 
 Methods alternate and medians count. critical_path_speedup is steps of the text over steps of the

@@ -18,7 +18,7 @@ class SelectConfig:
     n_init: int = 128
     n_local: int = 512
     k: int = 2048
-    chunk: int = 512  # prompt tokens that share a selection, at most n_local
+    chunk: int = 512  # prompt tokens that share a selection: at most n_local, unless none is made
     prefill: str = "select"  # "select", or "dense": chunks of the prompt see everything
     vote: str = "soft"  # sum over heads of "soft" attention, "raw" products, "hard" top-k votes
     head_weights: tuple[float, ...] = ()  # of the votes: N, or L * N layer by layer; (): 1 each
@@ -43,10 +43,10 @@ class SelectConfig:
         for name in ("n_init", "pool", "guard_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"select.{name}={getattr(self, name)} must not be negative")
-        if self.chunk > self.n_local:
+        if self.prefill == "select" and self.chunk > self.n_local:
             raise UserError(
                 f"select.chunk={self.chunk} is larger than select.n_local={self.n_local}: a chunk "
-                "must lie within the window that it always reads"
+                "that selects must lie within the window that it always reads"
             )
         require_choice("select.prefill", self.prefill, ("select", "dense"))
         require_choice("select.vote", self.vote, ("soft", "raw", "hard"))

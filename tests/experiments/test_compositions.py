@@ -110,4 +110,5 @@ def test_what_does_not_fit_is_refused():
     assert made.cp_heads is None
     policy = compositions.makers(SPEAKER, Parts(select_init=4, select_local=8)).token_select(32)
     assert policy.limit == 32
-    assert policy.chunk == 8
+    assert policy.chunk > 8  # a prompt is read whole, in chunks wider than the window
+    assert policy.config.prefill == "dense"

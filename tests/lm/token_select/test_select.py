@@ -149,3 +149,7 @@ def test_settings_that_cannot_be_served(changes, message):
     with pytest.raises(UserError, match=message.replace(".", r"\.")) as caught:
         dataclasses.replace(SelectConfig(), **changes)
     assert "\n" not in str(caught.value)
+
+
+def test_a_chunk_that_reads_everything_may_exceed_the_window():
+    assert SelectConfig(chunk=513, prefill="dense").chunk == 513
