@@ -136,15 +136,17 @@ def study() -> ConfigDict:
     config.model.activation = "gelu_tanh"
     # numbers of up to 20: with one digit, too many guesses are right
     config.requests.update(min_parts=5, max_parts=8, min_steps=6, max_steps=8, max_operand=5)
-    # most annotators promise less than they could, one too much: preferring has something to learn
-    config.requests.annotators = ("half", "half", "half", "best", "all")
+    # half of the annotators promise less than they could, one in ten too much: preferring has
+    # something to learn
+    config.requests.annotators = ("half",) * 5 + ("best",) * 4 + ("all",)
     del config.requests.fields  # as by default; a config has fewer than 80 keys
     config.data.limit = 12000
     config.data.eval_conversations = 512
     config.data.seq_len = 2048  # two or three examples, for fuller rows
+    config.preference.prompts = 1024
     config.preference.prompts_at_once = 64
     config.train.batch_size = 16
-    config.train.steps = 400  # the base takes four times as many
+    config.train.steps = 400  # the base takes eight times as many
     config.train.epochs = 4  # of a round's pairs: 128 steps at most
     config.train.log_every = 50
     config.optimizer.learning_rate = 2e-3

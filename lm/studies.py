@@ -25,7 +25,7 @@ from lm import hardware, setup, stages
 from lm.config import Config, freeze, to_dict
 from lm.errors import UserError
 from lm.flops import training_flops
-from lm.hf import weights
+from lm.hf import families, weights
 from lm.progress import say
 from lm.stages import Clock, OutOfTime
 from lm.transformer import count_parameters
@@ -131,11 +131,14 @@ def trained(
 
     made: the sections of the config that make it what it is.
 
-    Raises UserError where a model of another config is there, and OutOfTime as `call` does.
+    Raises UserError where a model of another config is there, or for a model that no weights could
+    be kept of, and OutOfTime as `call` does.
     """
     if study.has(name):
         _check(study.weights(name), config, made)
         return True
+    if not config.init_from:
+        families.of_model(sized(config).model)  # or the weights could not be kept
     if not stages.train(study.clock, call):
         return False
     keep(folder, study.weights(name))

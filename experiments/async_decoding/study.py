@@ -4,14 +4,15 @@ the schemes of positions, each model measured at once, in calls of limited time.
 
     python -m experiments.async_decoding.study --config=configs/async_decoding.py:study \
         --workdir=DIR [--stage=sft|preference|forms|lambdas|schemes|plot|all] [--minutes=9] \
-        [--lambdas=2,8,1,4,inf] [--timed=32]
+        [--lambdas=2,8,1,4,inf] [--timed=64]
 
 sft: a base that writes answers in a row, unless the config has an init_from or other data than
 requests; from it the sequential baseline, then threads under the positions `predicted` and
 `fork_join_max`;
-preference: rounds at the first two lambdas, from `predicted`; forms: sot and apar; lambdas: the
-other lambdas; schemes: fork_join_sum, and oracle, which cannot be decoded and is compared by its
-held-out loss; plot: fronts of quality and speed-up, threads over time.
+preference: rounds at the first two lambdas, from `predicted`; forms: the same scheme, sot and apar
+on the best annotations; lambdas: the other lambdas; schemes: fork_join_sum, and oracle, which
+cannot be decoded and is compared by its held-out loss; plot: fronts of quality and speed-up,
+threads over time.
 
 Every model has its rows before the next one is trained; --config.data.eval_conversations questions
 are asked in batches, and the first --timed of them again, one at a time, for their times.

@@ -6,7 +6,7 @@ measured at once, and what is finished is not done again.
 |---|---|
 | sft | `base`; from it `plain`, the sequential baseline; `predicted`; `fork_join_max` |
 | preference | the first two lambdas, from `predicted` |
-| forms | `sot`, `apar` |
+| forms | `best`, `sot`, `apar` |
 | lambdas | the other lambdas |
 | schemes | `fork_join_sum`; `oracle`, which cannot be decoded |
 | plot | none: plots/ |
@@ -24,7 +24,8 @@ others start from; weights of another model are there until it has its row. Of a
 trained, or half through its rounds, nothing outlives runs/.
 
 Whoever annotated the data, `sot` and `apar` learn from the best annotations: a poor one is no fault
-of theirs.
+of theirs. `best` is `predicted` on the same annotations: what they are to be compared with, and
+what preference optimisation could find without them.
 """
 
 import dataclasses
@@ -64,20 +65,21 @@ from lm.workdir import Workdir, provenance
 
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
-BASE, BASELINE, START = "base", "plain", "predicted"
-LONGER = 4  # times the steps of what starts from it: how long the base is trained
+BASE, BASELINE, START, BEST = "base", "plain", "predicted", "best"
+LONGER = 8  # times the steps of what starts from it: how long the base is trained
 BATCH = 128  # questions that are answered together; a skeleton makes several of each
-TIMED = 32  # questions that are answered at batch 1
+TIMED = 64  # questions that are answered at batch 1
 ROWS = "eval.jsonl"
 ANSWERS, TIMES = "answers", "timed"  # folders, by model
 _FIRST = 2  # lambdas that come before the other baselines
 # what is trained on data alone
 _SFT = {
     "sft": (BASELINE, START, "fork_join_max"),
-    "forms": ("sot", "apar"),
+    "forms": (BEST, "sot", "apar"),
     "schemes": ("fork_join_sum", "oracle"),
 }
-_FORMS = ("plain", "sot", "apar")  # the others are schemes of positions
+_FORMS = ("plain", "sot", "apar")
+_UNLIKE = (*_FORMS, BEST)  # no schemes of positions on the same data
 _SECTIONS = (*studies.MADE, "threads", "requests")
 _WALL = ("speedup_wall", "speedup_wall_ci95", "realised")  # of a row: from the times
 _COLUMNS = (
@@ -192,7 +194,8 @@ class _Recipe:
             form = "plain" if name == BASE else name
             threads = dataclasses.replace(threads, form=form)
         else:
-            threads = dataclasses.replace(threads, form="async", positions=name)
+            scheme = START if name == BEST else name
+            threads = dataclasses.replace(threads, form="async", positions=scheme)
         return dataclasses.replace(config, threads=threads)
 
     def sections(self, name: str) -> tuple[str, ...]:
@@ -274,7 +277,7 @@ class _Recipe:
     def _rows(self, work: Study, name: str) -> None:
         """The rows of a trained model. Raises OutOfTime."""
         place = work.weights(name)
-        if name not in (*_FORMS, *self.weights) and not _has(work.workdir, "held_out", name):
+        if name not in (*_UNLIKE, *self.weights) and not _has(work.workdir, "held_out", name):
             resolved, params = runs.load(place)
             loss, tokens = held_out_loss(resolved, params)
             self._add(work, name, {"kind": "held_out", "loss": loss, "tokens": tokens})
@@ -287,6 +290,8 @@ class _Recipe:
         for one in _of_kind(work.workdir, "training"):
             if one["name"] == name and "round" in one:
                 row["round"] = one["round"]
+        if name == BEST:  # figures tell rows apart by their methods
+            row["method"] += ", best annotations"
         self._add(work, name, {**row, "source": self.config.data.source})
 
     def _row(
@@ -328,6 +333,7 @@ def held_out_loss(resolved: Run, params: Params) -> tuple[float, int]:
 
 def _plot(work: Study) -> dict[str, Any]:
     folders = sorted((work.workdir.path / ANSWERS).glob("*"))
+    folders = [folder for folder in folders if folder.name != BEST]  # called as START's
     drawn = figures.draw(figures.gather([work.workdir.path]), figures.timelines(folders))
     return {"plots": figures.save(drawn, work.workdir.path / "plots")}
 

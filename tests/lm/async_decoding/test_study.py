@@ -32,7 +32,7 @@ from tests.lm.async_decoding.test_preference import OWN, Decoder
 CONFIG = dataclasses.replace(BASE, preference=OWN)
 QUESTIONS, SAMPLES = CONFIG.data.eval_conversations, OWN.prompts * OWN.samples
 TIMED = 2
-SFT = {"sft": ("plain", "predicted"), "forms": ("sot",), "schemes": ("oracle",)}
+SFT = {"sft": ("plain", "predicted"), "forms": ("best", "sot"), "schemes": ("oracle",)}
 
 
 class Counted:
@@ -124,16 +124,19 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     assert counted.trained == ["base", "plain", "predicted"]
     result = run(tmp_path, monkeypatch)
     assert (result["stage"], result["done"]) == ("plot", True)
-    assert counted.trained == ["base", "plain", "predicted", "base", "sot", "oracle"]
+    assert counted.trained == ["base", "plain", "predicted", "base", "best", "sot", "oracle"]
     assert counted.answered["samples 2"] == OWN.rounds * SAMPLES
-    assert [row["name"] for row in result["rows"]] == ["plain", "predicted", "lambda_2", "sot"]
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["plain", "predicted", "lambda_2", "best", "sot"]
     assert result["rows"][2]["lambda"] == 2
     assert result["held_out_loss"].keys() == {"predicted", "oracle"}
     assert result["no_pairs"].keys() == {"lambda_inf"}
     area = result["hypervolume"]["speedup_critical_path"]
-    assert area.keys() == {"predicted", "lambdas", "sot"}
+    assert area.keys() == {"predicted", "lambdas", "best", "sot"}
     assert area["lambdas"] == pytest.approx(result["rows"][2]["speedup_critical_path"] - 1)
-    assert result["dominated"]["speedup_critical_path"] == {"predicted": True, "sot": True}
+    assert result["dominated"]["speedup_critical_path"] == dict.fromkeys(
+        ("predicted", "best", "sot"), True
+    )
     names = {path.rpartition("/")[2] for path in result["plots"]}
     assert {"front_critical_path.png", "front_wall.png", "front_by_round.png"} < names
     assert {"timeline_async_predicted.png", "timeline_async_predicted_lambda_2.png"} < names
@@ -144,11 +147,13 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     (last,) = [row for row in kept if row["kind"] == evaluate.KIND and row["name"] == "lambda_2"]
     assert last["round"] == OWN.rounds
     assert (last["n"], last["timed"]) == (QUESTIONS, TIMED)
+    methods = {row["name"]: row["method"] for row in kept if row["kind"] == evaluate.KIND}
+    assert methods["best"] == f"{methods['predicted']}, best annotations"
     assert last["realised"] > 0 < last["speedup_wall"]
     again = run(tmp_path, monkeypatch)
     assert again == result
     assert len(Workdir(tmp_path).rows("eval.jsonl")) == len(kept)
-    assert len(counted.trained) == 6
+    assert len(counted.trained) == 7
     other = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=2))
     with pytest.raises(UserError, match="plain was made by another config"):
         study.run(other, Workdir(tmp_path))
@@ -190,7 +195,10 @@ def test_other_forms_learn_from_the_best_annotations():
     recipe = study._Recipe(dataclasses.replace(CONFIG, requests=asked), (2.0,))
     assert recipe.config_of("predicted").requests == asked
     assert recipe.config_of("lambda_2").requests == asked
-    assert recipe.config_of("sot").requests == CONFIG.requests
+    for name in ("best", "sot"):
+        assert recipe.config_of(name).requests == CONFIG.requests
+    best, own = recipe.config_of("best"), recipe.config_of("predicted")
+    assert dataclasses.replace(best, requests=own.requests) == own
 
 
 def test_refusals(tmp_path, counted):
@@ -210,4 +218,7 @@ def test_refusals(tmp_path, counted):
     staged = ThreadConfig(stage="preference")
     with pytest.raises(UserError, match=r"config\.stage must be sft"):
         study.run(dataclasses.replace(CONFIG, threads=staged, init_from="x"), workdir)
+    model = dataclasses.replace(CONFIG.model, qk_norm=True, norm_plus_one=True)
+    with pytest.raises(UserError, match="no Hugging Face architecture holds this model"):
+        study.run(dataclasses.replace(CONFIG, model=model), workdir)
     assert counted.trained == []
