@@ -16,15 +16,14 @@ anything follows it.
 import collections
 import dataclasses
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lm.async_decoding import language
 from lm.async_decoding.language import Item, LanguageError, Program, Promise, Sync, Text
-from lm.data.messages import Conversation, Message
-from lm.errors import RunError
+from lm.data import conversations
+from lm.data.conversations import Conversation, Message
 from lm.text.tokenizers import Tokenizer
 
 # (messages before the answer, the answer) -> its program; LanguageError when it has none
@@ -270,21 +269,10 @@ def annotate(
 
 
 def write(
-    conversations: Iterable[Conversation], annotator: Annotator, path: str | os.PathLike[str]
+    given: Iterable[Conversation], annotator: Annotator, path: str | os.PathLike[str]
 ) -> Report:
     """Annotates conversations into a JSONL file, whole or not at all."""
     report = Report()
-    partial = f"{os.fspath(path)}.partial"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            for conversation in conversations:
-                made = annotate(conversation, annotator, report)
-                if made is not None:
-                    record = {"messages": [m.to_dict(with_thought=True) for m in made.messages]}
-                    if made.tools is not None:
-                        record["tools"] = list(made.tools)
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    made = (annotate(one, annotator, report) for one in given)
+    conversations.write_conversations(path, (one for one in made if one is not None))
     return report

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads files of conversations: JSONL or a JSON array, plain or gzip, OpenAI or ShareGPT.
+"""Files of conversations. Read: JSONL or a JSON array, plain or gzip, OpenAI or ShareGPT; written:
+JSONL, OpenAI.
 
 JSONL is streamed line by line; a JSON array is held as text and decoded record by record.
 """
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -17,9 +19,16 @@ from absl import logging
 
 from lm.data.messages import Branch, Conversation, Message
 from lm.data.records import Delimiters, Malformed, parse_record
-from lm.errors import DataError, UserError
+from lm.errors import DataError, RunError, UserError
 
-__all__ = ["Branch", "Conversation", "Message", "RecordReader", "read_conversations"]
+__all__ = [
+    "Branch",
+    "Conversation",
+    "Message",
+    "RecordReader",
+    "read_conversations",
+    "write_conversations",
+]
 
 T = TypeVar("T")
 
@@ -56,6 +65,23 @@ def read_conversations(
         return parse_record(record, delimiters, file, line)
 
     return RecordReader(file, parse, on_error=on_error, limit=limit)
+
+
+def write_conversations(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:
+    """Writes conversations for `read_conversations`, all of them or no file; returns how many.
+
+    Where they came from is not written: a file has lines of its own. Raises RunError.
+    """
+    partial, count = f"{os.fspath(path)}.partial", 0
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            for conversation in conversations:
+                file.write(dataclasses.replace(conversation, file="", line=0).to_json() + "\n")
+                count += 1
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return count
 
 
 class RecordReader(Iterator[T], Generic[T]):

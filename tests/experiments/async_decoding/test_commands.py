@@ -6,9 +6,10 @@ import json
 import pytest
 
 from configs import async_decoding
-from lm.async_decoding import language
+from lm.async_decoding import language, requests
 from lm.async_decoding.config import AsyncConfig
 from lm.config import freeze
+from lm.data import conversations
 from tests import commands
 
 SMOKE = "--config=configs/async_decoding.py:smoke"
@@ -37,6 +38,20 @@ def test_training_and_its_baseline(tmp_path):
     assert result["speedup"] > 0
     refused = "async_decoding.generate", *arguments[1:], "--prompt=a"
     assert "pass one of --hf_dir and --checkpoint" in commands.refusal(*refused)
+
+
+def test_requests_as_a_file(tmp_path):
+    out = tmp_path / "requests.jsonl"
+    flags = (SMOKE, f"--out={out}")
+    result, _ = commands.run("async_decoding.requests", *flags, "--count=5", "--split=validation")
+    assert result == {"out": str(out), "conversations": 5}
+    config = freeze(async_decoding.smoke().to_dict(), AsyncConfig).run().requests
+    known = [requests.generate(0, i, config, "validation").messages for i in range(5)]
+    assert [one.messages for one in conversations.read_conversations(out)] == known
+    line = commands.refusal("async_decoding.requests", *flags, "--config.data.source=arithmetic")
+    assert "only requests are made here" in line
+    line = commands.refusal("async_decoding.requests", SMOKE, f"--out={out / 'below'}", status=1)
+    assert "cannot be written" in line
 
 
 def test_verification_fails_on_one_error(tmp_path):

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import json
 
 import pytest
@@ -93,6 +94,12 @@ def test_files(tmp_path):
     assert made.messages[3].content == "No."
     (line,) = out.read_text().splitlines()
     assert json.loads(line).keys() == {"messages"}
+    branch = conversations.Branch(1, (Message("assistant", listed),))
+    one = dataclasses.replace(given_ones[0], branches=(branch,), file="x", line=9)
+    annotate.write([one], RULES, out)
+    (made,) = conversations.read_conversations(out)
+    assert made.branches == (branch,)  # as they were
+    assert (made.file, made.line) == (str(out), 1)
 
 
 def test_an_annotator_that_changes_words_is_refused():
