@@ -181,10 +181,11 @@ def step(
         )
         count = _kept(known, before, fed, drawn)
         filled, after = _written(before, held.pool, fed, new, count)
-        for j in range(drawn.shape[-1]):
-            after = threads.accept(program.rules, known, after, drawn[..., j], j < count)
-        last = jnp.maximum(count, 1)[..., None, None] - 1
-        own = jnp.take_along_axis(states, last, axis=2)[:, :, 0]
+        last = jnp.maximum(count, 1)[..., None] - 1
+        after = threads.lead(program.rules, known, after, drawn[..., :-1], last[..., 0])
+        final = jnp.take_along_axis(drawn, last, axis=2)[..., 0]
+        after = threads.accept(program.rules, known, after, final, count > 0)
+        own = jnp.take_along_axis(states, last[..., None], axis=2)[:, :, 0]
         own = jnp.where((count > 0)[..., None], own, held.states)
     loop = dataclasses.replace(state, pool=Held(filled, own), threads=threads.stepped(after))
     return loop, (fed, count, logits)

@@ -246,9 +246,37 @@ def stepped(state: State) -> State:
     return dataclasses.replace(state, step=state.step + 1)
 
 
+def lead(rules: Rules, known: Tables, state: State, drawn: jax.Array, count: jax.Array) -> State:
+    """What `count` [B, M] calls of `accept` leave, in one: of the tokens [B, M, n] that follow what
+    rows were fed the first ones, all of them text with more to come. Only lengths change, and what
+    main is reading; within a step these come before the last tokens of all rows."""
+    rows, main, (B, M, n) = state.rows, state.main, drawn.shape
+    place = jnp.arange(n, dtype=jnp.int32)[None, :, None]
+    comes = (place < count[:, None]).reshape(B, n * M)
+    rank = jnp.cumsum(comes, axis=1, dtype=jnp.int32) - comes
+    kept = comes & (state.decoded[:, None] + rank < rules.max_tokens)
+    threads = jnp.broadcast_to(rows.thread[:, None], (B, n, M)).reshape(B, n * M)
+    state = _logged(state, jnp.swapaxes(drawn, 1, 2).reshape(B, n * M), threads, kept, rank)
+    kept = kept.reshape(B, n, M)
+    state = _written(state, drawn[:, 0], kept[:, :, 0])
+    for j in range(n):  # a promise's topic and number are text
+        state, _ = _read_tags(rules, known, state, drawn[:, 0, j], kept[:, j, 0])
+    block, came = rows.opening > 0, jnp.sum(kept, axis=1, dtype=jnp.int32)
+    free = jnp.where(count[:, 0] > 0, main.reserved, 0)
+    rows = dataclasses.replace(
+        rows,
+        position=(rows.position + count).at[:, 0].add(free),
+        fed=rows.fed + jnp.where(block, count, 0),
+        left=rows.left - jnp.where(block, came, 0),
+        count=rows.count + came,
+    )
+    main = dataclasses.replace(state.main, reserved=main.reserved - free)
+    return dataclasses.replace(state, rows=rows, main=main)
+
+
 def accept(rules: Rules, known: Tables, state: State, drawn: jax.Array, takes: jax.Array) -> State:
-    """`settle` within a step, of the rows [B, M] bool that take a token: one that drafts takes
-    several, one after the other, each as if the one before had been fed alone."""
+    """`settle` within a step, of the rows [B, M] bool that take a token; where drafts were fed it
+    is the last of what a row takes, after `lead`."""
     rows = state.rows
     block = rows.opening > 0
     fed = rows.active & takes & ~state.done[:, None]
@@ -260,7 +288,8 @@ def accept(rules: Rules, known: Tables, state: State, drawn: jax.Array, takes: j
     kept = comes & (state.decoded[:, None] + rank < rules.max_tokens)
     ends = block & (cut | (kept & ((kinds == tables.ASYNC_END) | (kinds == tables.END))))
 
-    state = _logged(state, drawn, kept, rank)
+    state = _logged(state, drawn, rows.thread, kept, rank)
+    state = _written(state, drawn[:, :1], kept[:, :1])
     state, complete = _read_tags(rules, known, state, drawn[:, 0], kept[:, 0])
     state = _promised(rules, state, complete, fed[:, 0])
     state = _moved(known, state, drawn, fed, kept, ends)
@@ -271,24 +300,29 @@ def accept(rules: Rules, known: Tables, state: State, drawn: jax.Array, takes: j
     return _forked(rules, known, dataclasses.replace(state, done=done, steps=steps))
 
 
-def _logged(state: State, drawn: jax.Array, kept: jax.Array, rank: jax.Array) -> State:
-    """Files what came out."""
+def _logged(
+    state: State, drawn: jax.Array, threads: jax.Array, kept: jax.Array, rank: jax.Array
+) -> State:
+    """Files what came out: [B, K] each, in the order of its rank."""
     log, most = state.log, state.log.tokens.shape[1]
     request = jnp.arange(drawn.shape[0], dtype=jnp.int32)[:, None]
     column = jnp.where(kept, state.decoded[:, None] + rank, most)  # beyond the end: dropped
     step = jnp.broadcast_to(state.step + 1, drawn.shape)
-    new = {"tokens": drawn, "threads": state.rows.thread, "steps": step}
+    new = {"tokens": drawn, "threads": threads, "steps": step}
     log = Log(
         **{n: getattr(log, n).at[request, column].set(x, mode="drop") for n, x in new.items()}
     )
-    own = jnp.where(kept[:, 0], state.rows.count[:, 0], most)
-    written = state.main.tokens.at[request[:, 0], own].set(drawn[:, 0], mode="drop")
-    return dataclasses.replace(
-        state,
-        log=log,
-        main=dataclasses.replace(state.main, tokens=written),
-        decoded=state.decoded + jnp.sum(kept, axis=1, dtype=jnp.int32),
-    )
+    decoded = state.decoded + jnp.sum(kept, axis=1, dtype=jnp.int32)
+    return dataclasses.replace(state, log=log, decoded=decoded)
+
+
+def _written(state: State, drawn: jax.Array, kept: jax.Array) -> State:
+    """Main's next tokens [B, n], those that came out."""
+    main, place = state.main, jnp.arange(drawn.shape[1], dtype=jnp.int32)[None]
+    own = jnp.where(kept, state.rows.count[:, :1] + place, main.tokens.shape[1])
+    request = jnp.arange(len(drawn), dtype=jnp.int32)[:, None]
+    tokens = main.tokens.at[request, own].set(drawn, mode="drop")
+    return dataclasses.replace(state, main=dataclasses.replace(main, tokens=tokens))
 
 
 def _read_tags(

@@ -112,3 +112,48 @@ def test_the_models_own_blocks_stay():
         for number, opening in enumerate(program.openings, 1):
             text = [token for token in own[number] if token != program.close]
             assert (owners == number).sum() <= len(opening) + len(text) + 1
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def in_one_go(rules, known, state, drawn, count):
+    return threads.lead(rules, known, state, drawn, count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_by_one(rules, known, state, drawn, count):
+    for j in range(drawn.shape[-1]):
+        state = threads.accept(rules, known, state, drawn[..., j], j < count)
+    return state
+
+
+def by_thread(state):
+    """Everything but the token to be fed, which the last of a step's tokens sets, and the order in
+    which threads came within a step."""
+    log, lines = state.log, []
+    for b, decoded in enumerate(state.decoded.tolist()):
+        found = np.stack([log.tokens[b], log.threads[b], log.steps[b]])[:, :decoded]
+        lines.append(found[:, np.argsort(found[1], kind="stable")].tolist())
+    rows = dataclasses.replace(state.rows, token=np.zeros_like(state.rows.token))
+    return dataclasses.replace(state, rows=rows, log=None), lines
+
+
+def test_text_in_one_go_is_text_token_by_token():
+    """Letters and digits, in promises, too, wherever programs are."""
+    run = Run.begun(Drafting(Table()), PROGRAMS, rules=RULES)
+    table = successors([program.main for program in PROGRAMS], wrong=0.0)
+    rng, tags = np.random.default_rng(1), set()
+    while not run.finished():
+        state = run.state.threads
+        rows = jax.device_get(state.rows)
+        speaks = rows.active & ~rows.closing & (rows.fed + 1 >= rows.opening)
+        speaks &= ~np.asarray(state.done)[:, None]
+        count = np.where(speaks, np.minimum(rng.integers(0, 4, speaks.shape), rows.left), 0)
+        drawn = rng.choice(np.frombuffer(b"abc012", np.uint8), (*speaks.shape, 3)).astype(np.int32)
+        given = RULES, run.known, state, drawn, count.astype(np.int32)
+        made, expected = (jax.device_get(call(*given)) for call in (in_one_go, one_by_one))
+        (made, lines), (expected, own) = by_thread(made), by_thread(expected)
+        jax.tree.map(np.testing.assert_array_equal, made, expected)
+        assert lines == own
+        tags |= {int(x) for x, n in zip(made.main.tag, count[:, 0], strict=True) if n}
+        advanced(run, table)
+    assert tags >= {threads.TOPIC, threads.NUMBER}
