@@ -12,8 +12,8 @@ it the embedded requests are trained. --config.threads.form is async, plain (the
 baseline), sot or apar; --config.threads.positions picks the scheme of position ids.
 
 Stage preference: rounds of sampling from the newest policy and of preferring the best sample to the
-worst by speed-up + quality_weight * quality (the paper's lambda; inf: quality alone). Each round
-works in WORKDIR/round_R; WORKDIR/eval.jsonl says what each came to.
+worst by speed-up + quality_weight * quality (the paper's lambda; inf: quality, then speed among
+those as good). Each round works in WORKDIR/round_R; WORKDIR/eval.jsonl says what each came to.
 
 Run the same command again to resume: it goes on from the newest whole checkpoint in the workdir,
 bit for bit on CPU; samples that were drawn are not drawn again, finished rounds are skipped. The

@@ -38,7 +38,8 @@ class PreferenceConfig:
     learning rate, and how long a round is; on the demo's model, a large alpha and a rate a
     thirtieth of SFT's kept the quality, other settings lost some of it.
 
-    score = speed-up + quality_weight * quality, the latter in 0..1; infinite: quality alone.
+    score = speed-up + quality_weight * quality, the latter in 0..1; infinite: quality first, then
+    speed among those as good, the limit of large weights.
     """
 
     quality_weight: float = 2.0  # the paper's lambda: 1, 2, 4, 8, inf

@@ -172,9 +172,13 @@ def well_formed(answer: Answer, tokenizer: Tokenizer, stop_ids: Sequence[int]) -
 # --- the best and the worst
 
 
-def score(speed: float, quality: float, weight: float) -> float:
-    """What a sample is ranked by; of an infinite weight quality alone is left."""
-    return quality if np.isinf(weight) else speed + weight * quality
+Score = tuple[float, ...]
+
+
+def score(speed: float, quality: float, weight: float) -> Score:
+    """What a sample is ranked by. The limit of large weights is quality first, and speed among
+    those as good."""
+    return (quality, speed) if np.isinf(weight) else (speed + weight * quality,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +192,7 @@ class Pair:
 
 
 def choose(
-    scores: Sequence[float], may_win: Sequence[bool], may_lose: Sequence[bool]
+    scores: Sequence[Score], may_win: Sequence[bool], may_lose: Sequence[bool]
 ) -> tuple[int, int] | str:
     """(best, worst) of a prompt's samples, of equals the first; or why there is none: no sample may
     win ("malformed") or lose, or all that may are as good ("tied")."""

@@ -110,17 +110,29 @@ def test_an_answer_that_was_cut_off_is_not_whole():
 
 
 def test_the_best_and_the_worst():
+    def choose(speeds, may_win, may_lose):
+        return pairs.choose([pairs.score(x, 0.0, 4.0) for x in speeds], may_win, may_lose)
+
     yes = [True] * 4
-    assert pairs.choose([1.0, 3.0, 3.0, 0.5], yes, yes) == (1, 3)
-    assert pairs.choose([1.0, 3.0, 3.0, 0.5], [True, False, False, True], yes) == (0, 3)
-    assert pairs.choose([1.0, 3.0, 3.0, 0.5], yes, [True, True, True, False]) == (1, 0)
-    assert pairs.choose([2.0] * 4, yes, yes) == "tied"
-    assert pairs.choose([1.0, 9.0], [True, False], [True, False]) == "tied"
-    assert pairs.choose([1.0, 2.0], [False, False], [True, True]) == "malformed"
+    assert choose([1.0, 3.0, 3.0, 0.5], yes, yes) == (1, 3)
+    assert choose([1.0, 3.0, 3.0, 0.5], [True, False, False, True], yes) == (0, 3)
+    assert choose([1.0, 3.0, 3.0, 0.5], yes, [True, True, True, False]) == (1, 0)
+    assert choose([2.0] * 4, yes, yes) == "tied"
+    assert choose([1.0, 9.0], [True, False], [True, False]) == "tied"
+    assert choose([1.0, 2.0], [False, False], [True, True]) == "malformed"
     # what may win is worse than everything else: nothing to prefer it to
-    assert pairs.choose([1.0, 2.0], [True, False], [False, True]) == "tied"
-    assert pairs.score(1.5, 0.5, 4.0) == 3.5
-    assert pairs.score(9.0, 0.5, float("inf")) == 0.5
+    assert choose([1.0, 2.0], [True, False], [False, True]) == "tied"
+    assert pairs.score(1.5, 0.5, 4.0) == (3.5,)
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"), [(1.0, (2, 3)), (8.0, (1, 2)), (1e6, (0, 2)), (float("inf"), (0, 2))]
+)
+def test_a_weight_decides_between_quality_and_speed(weight, expected):
+    """Infinite: as very large ones, quality first, then speed."""
+    samples = [(2.0, 1.0), (2.5, 0.99), (4.0, 0.5), (1.5, 1.0)]  # (speed, quality)
+    scores = [pairs.score(*one, weight) for one in samples]
+    assert pairs.choose(scores, [True] * 4, [True] * 4) == expected
 
 
 def test_rows_of_pairs_tell_the_two_apart():

@@ -221,13 +221,6 @@ def test_what_gives_no_pair_is_counted(start, tmp_path):
         preference.run(config_of(start, prompts=2), Workdir(tmp_path / "a"), Decoder(order=(3,)))
     with pytest.raises(RunError, match="no prompt gives a pair: 2 x prompt tied"):
         preference.run(config_of(start, prompts=2), Workdir(tmp_path / "b"), Decoder(order=(0,)))
-    # quality alone: threads and no threads are as good
-    with pytest.raises(RunError, match="2 x prompt tied"):
-        preference.run(
-            config_of(start, prompts=2, quality_weight=float("inf")),
-            Workdir(tmp_path / "c"),
-            Decoder(order=(0, 1)),
-        )
 
 
 def test_a_sequential_run_gives_the_lengths(start, tmp_path):
