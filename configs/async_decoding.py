@@ -147,7 +147,7 @@ def study() -> ConfigDict:
     config.preference.prompts_at_once = 64
     config.train.batch_size = 16
     config.train.steps = 400  # the base takes eight times as many
-    config.train.epochs = 4  # of a round's pairs: 128 steps at most
+    config.train.epochs = 4  # of a round's pairs: 256 steps at most
     config.train.log_every = 50
     config.optimizer.learning_rate = 2e-3
     config.preference.learning_rate = 1e-4
