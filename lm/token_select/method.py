@@ -110,11 +110,14 @@ class TokenSelect(Policy):
             needed = needed & ~hit
         if config.shortcut and not config.coverage and not self.record:
             needed = needed & (end - begin > config.k)
-        top = jax.lax.cond(
-            jnp.any(needed),
-            lambda: self._chosen(query, view, begin, end),
-            lambda: select.everything(config, begin, end, view.lists, view.heads),
-        )
+        if reusing or (view.prefill and config.shortcut):
+            top = jax.lax.cond(
+                jnp.any(needed),
+                lambda: self._chosen(query, view, begin, end),
+                lambda: select.everything(config, begin, end, view.lists, view.heads),
+            )
+        else:  # a GPU waits for the host at a branch, longer than one token's selection takes
+            top = self._chosen(query, view, begin, end)
         tail = end
         if reusing:
             top, tail, state = reuse.update(state, hit, active, query, top, end, view.total)

@@ -13,6 +13,7 @@ from lm.config import MeshConfig, SamplingConfig
 from lm.errors import UserError
 from lm.long_context import decode, lists
 from lm.long_context.policy import Dense, Policy, Read
+from lm.long_context.program import Program
 from lm.token_select.method import TokenSelect
 from tests.lm.long_context.small import GREEDY, MODEL, assert_same, dense, params, prompts, run
 from tests.lm.token_select.small import SELECT
@@ -47,6 +48,17 @@ def test_selecting_reads_what_it_may_and_changes_the_text():
     assert any((a.tokens != b.tokens).any() for a, b in zip(got, dense(), strict=True))
     np.testing.assert_array_equal(statistics.reads[:, 1:], 11 * SELECT.budget)
     np.testing.assert_array_equal(statistics.reads[:, 0], sum(range(6, 17)))
+
+
+@pytest.mark.parametrize(("reuse", "branches"), [(0.0, False), (0.9, True)])
+def test_a_step_waits_for_no_branch_that_it_does_not_need(reuse, branches):
+    """On a GPU each costs as much as a layer; only a selection that may be reused needs one."""
+    program = Program(MODEL, GREEDY, TokenSelect(dataclasses.replace(SELECT, reuse=reuse)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program, arguments = decode.request(program, prompts(), [1], key)
+    state = jax.eval_shape(lambda *a: decode.prefill(program, *a), params(), *arguments)
+    loop = decode.advance.lower(program, params(), state, arguments.stop_ids, 5)
+    assert ("stablehlo.case" in loop.as_text()) == branches
 
 
 def test_a_ragged_batch_equals_each_prompt_alone():

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lm.long_context.cache import Buffers
 from lm.long_context.heads import Heads
@@ -21,12 +22,13 @@ N, K, H = 4, 2, 8
 
 
 class Layer:
-    """One layer's policy fed with queries of our choice; a call of `step` is a decode step."""
+    """One layer's policy fed with queries of our choice; a call of `step` is a decode step, or a
+    chunk of one token."""
 
-    def __init__(self, monkeypatch, policy=POLICY):
+    def __init__(self, monkeypatch, policy=POLICY, prefill=False):
         rng = np.random.default_rng(0)
         self.k = rng.normal(size=(1, 2, 64, K, H)).astype(np.float32)
-        self.policy, self.scored = policy, 0
+        self.policy, self.prefill, self.scored = policy, prefill, 0
         self.state = {k: x[0] for k, x in policy.start(MODEL, 2, 64).items()}
         choose = select.choose
 
@@ -44,7 +46,7 @@ class Layer:
         buffers = Buffers(jnp.asarray(self.k), jnp.asarray(self.k))
         view = View(
             MODEL, buffers, jnp.int32(0), q[:, None], total - active, active,
-            Heads((), None), False, None,
+            Heads((), None), self.prefill, None,
         )  # fmt: skip
         return self.policy.select(state, view)
 
@@ -122,10 +124,15 @@ def test_a_sequence_that_is_done_neither_scores_nor_changes(monkeypatch):
         np.testing.assert_array_equal(before[name][1], after[name][1])
 
 
-def test_nothing_is_scored_where_everything_is_picked(monkeypatch):
-    layer = Layer(monkeypatch, TokenSelect(dataclasses.replace(CONFIG, reuse=0.0)))
+@pytest.mark.parametrize(
+    ("prefill", "reuse"), [(True, 0.0), (False, 0.9), (False, 0.0)], ids=["chunk", "reuse", "step"]
+)
+def test_nothing_is_scored_where_everything_is_picked(monkeypatch, prefill, reuse):
+    """Unless that needs a branch of its own: a step scores in any case, and picks as much."""
+    policy = TokenSelect(dataclasses.replace(CONFIG, reuse=reuse))
+    layer = Layer(monkeypatch, policy, prefill)
     q = np.random.default_rng(1).normal(size=(2, N, H))
     read, scored = layer.step(q, [18, 11])
-    assert scored == 0
+    assert scored == (not prefill and not reuse)
     assert read == [list(range(18)), list(range(11))]
-    assert layer.step(q, [19, 11])[1] == 1
+    assert layer.step(-q, [19, 11])[1] == 1  # one more, and nothing to reuse
