@@ -33,7 +33,8 @@ class SelectConfig:
     reuse: float = 0.0  # cosine of queries from which the last selection is kept; 0: never
     reuse_prefill: bool = False
     coverage: float = 0.0  # only as many of the k as carry this share of the votes; 0: all k
-    shortcut: bool = True  # chunks of a prompt score nothing where all candidates are among the k
+    # nothing is scored where all candidates are among the k: in chunks of a prompt, and with reuse
+    shortcut: bool = True
     guard_every: int = 0  # every so many steps a dense one beside it; 0: never
     guard: str = "report"  # or "fallback": dense from a disagreement to the next agreement
 

@@ -104,19 +104,19 @@ class TokenSelect(Policy):
         active = view.rows > 0
         query = view.mean_query(config.n_local if config.rope == "read" else None)
         reusing = bool(config.reuse) and (config.reuse_prefill or not view.prefill)
-        hit, needed = jnp.zeros_like(active), active
+        hit = jnp.zeros_like(active)
         if reusing:
             hit, state = reuse.look_up(config, state, query, view.total, active, view.heads)
-            needed = needed & ~hit
-        if config.shortcut and not config.coverage and not self.record:
-            needed = needed & (end - begin > config.k)
         if reusing or (view.prefill and config.shortcut):
+            needed = active & ~hit
+            if config.shortcut and not config.coverage and not self.record:
+                needed = needed & (end - begin > config.k)
             top = jax.lax.cond(
                 jnp.any(needed),
                 lambda: self._chosen(query, view, begin, end),
                 lambda: select.everything(config, begin, end, view.lists, view.heads),
             )
-        else:  # a GPU waits for the host at a branch, longer than one token's selection takes
+        else:  # at a branch a GPU asks the host, once a layer
             top = self._chosen(query, view, begin, end)
         tail = end
         if reusing:

@@ -52,7 +52,7 @@ def test_selecting_reads_what_it_may_and_changes_the_text():
 
 @pytest.mark.parametrize(("reuse", "branches"), [(0.0, False), (0.9, True)])
 def test_a_step_waits_for_no_branch_that_it_does_not_need(reuse, branches):
-    """On a GPU each costs as much as a layer; only a selection that may be reused needs one."""
+    """A GPU asks the host at each, once a layer; only a selection that may be reused needs one."""
     program = Program(MODEL, GREEDY, TokenSelect(dataclasses.replace(SELECT, reuse=reuse)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     program, arguments = decode.request(program, prompts(), [1], key)
