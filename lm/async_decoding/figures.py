@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from lm import plots
 from lm.async_decoding import benchmark, evaluate, front, preference
@@ -179,13 +180,14 @@ def _name_points(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> 
     where = [axes.transData.transform((x, y)) * dots for _, x, y, _ in points]
     taken = [(across - 4, across + 4, up - 4, up + 4) for across, up in where]  # in points
     for (name, x, y, method), (across, up) in zip(points, where, strict=True):
-        width = 5.0 * len(name)
-        for right, offset in ((1, 5), (1, -13), (0, 5), (0, -13), (1, 17), (1, -25), (0, 17)):
+        width = max(5.0 * len(name), 24.0)
+        for offset, right in itertools.product((5, -13, 17, -25, 29, -37), (1, 0)):
             left = across + 6 if right else across - 6 - width
             box = (left, left + width, up + offset, up + offset + 9)
             if not any(_overlap(box, other) for other in taken):
                 break
         taken.append(box)
+        far = not -14 < offset < 6  # then a line says whose name it is
         axes.annotate(
             name,
             (x, y),
@@ -194,6 +196,9 @@ def _name_points(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> 
             ha="left" if right else "right",
             color=colour(method),
             fontsize=8.5,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],  # above lines
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.8} if far else None,
+            zorder=4,
         )
 
 

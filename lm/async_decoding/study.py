@@ -66,7 +66,7 @@ from lm.workdir import Workdir, provenance
 STAGES = ("sft", "preference", "forms", "lambdas", "schemes", "plot")
 LAMBDAS = (2.0, 8.0, 1.0, 4.0, math.inf)
 BASE, BASELINE, START, BEST = "base", "plain", "predicted", "best"
-LONGER = 8  # times the steps of what starts from it: how long the base is trained
+LONGER = 2  # times the steps of what starts from it: how long the base is trained
 BATCH = 128  # questions that are answered together; a skeleton makes several of each
 TIMED = 64  # questions that are answered at batch 1
 ROWS = "eval.jsonl"
