@@ -26,6 +26,12 @@ def require_positive(name: str, value: int) -> None:
         raise UserError(f"{name}={value} must be at least 1")
 
 
+def require_at_least_zero(name: str, value: float) -> None:
+    """Raises UserError for a negative number."""
+    if value < 0:
+        raise UserError(f"{name}={value} must not be negative")
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pre-training length."""
@@ -51,6 +57,9 @@ class LoraConfig:
     rank: int = 0  # 0 trains the full model
     alpha: float = 16.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    def __post_init__(self):
+        require_at_least_zero("model.lora.rank", self.rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +88,11 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
+        require_at_least_zero("model.vocab_size", self.vocab_size)
+        for name in (
+            "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+        ):  # fmt: skip
+            require_positive(f"model.{name}", getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads={self.num_heads} is not a multiple of "
@@ -127,8 +141,7 @@ class DataConfig:
         require_positive("data.seq_len", self.seq_len)
         require_positive("data.window", self.window)
         require_positive("data.eval_conversations", self.eval_conversations)
-        if self.limit < 0:
-            raise UserError(f"data.limit={self.limit} must not be negative")
+        require_at_least_zero("data.limit", self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +160,14 @@ class OptimizerConfig:
 
     def __post_init__(self):
         require_choice("optimizer.schedule", self.schedule, ("cosine", "linear", "constant"))
+        for name in (
+            "learning_rate",
+            "warmup_steps",
+            "final_fraction",
+            "weight_decay",
+            "clip_norm",
+        ):
+            require_at_least_zero(f"optimizer.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +194,11 @@ class TrainConfig:
         require_positive("train.accumulate", self.accumulate)
         require_positive("train.log_every", self.log_every)
         require_positive("train.checkpoint_every", self.checkpoint_every)
+        require_positive("train.keep_checkpoints", self.keep_checkpoints)
+        require_at_least_zero("train.steps", self.steps)
+        require_at_least_zero("train.verify_every", self.verify_every)
+        if not self.steps:
+            require_positive("train.epochs", self.epochs)
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not a multiple of "
@@ -199,10 +225,8 @@ class SamplingConfig:
     max_new_tokens: int = 64
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise UserError(f"sampling.temperature={self.temperature} must not be negative")
-        if self.top_k < 0:
-            raise UserError(f"sampling.top_k={self.top_k} must not be negative")
+        require_at_least_zero("sampling.temperature", self.temperature)
+        require_at_least_zero("sampling.top_k", self.top_k)
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampling.top_p={self.top_p} must be in (0, 1]")
         require_positive("sampling.max_new_tokens", self.max_new_tokens)

@@ -38,8 +38,10 @@ class Speaker:
           system: the system message before it.
 
         Raises:
-          UserError: no template though one is needed, or it refuses.
+          UserError: an empty prompt, no template though one is needed, or it refuses.
         """
+        if not text:
+            raise UserError("the prompt is empty")
         if chat is None:
             chat = self.template is not None
         if not chat:
@@ -58,12 +60,8 @@ class Speaker:
     def prompt(
         self, text: str, *, chat: bool | None = None, system: str | None = None
     ) -> np.ndarray:
-        """The ids of one prompt; arguments and errors as for `rendered`, and UserError for an empty
-        one."""
-        ids = self.tokenizer.encode(self.rendered(text, chat=chat, system=system))
-        if not len(ids):
-            raise UserError("the prompt is empty")
-        return ids
+        """The ids of one prompt; arguments and errors as for `rendered`."""
+        return self.tokenizer.encode(self.rendered(text, chat=chat, system=system))
 
     def stream(
         self,

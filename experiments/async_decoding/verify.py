@@ -26,6 +26,7 @@ from lm import prompting, transformer
 from lm.async_decoding import runs, training, verify, verify_pool
 from lm.async_decoding.config import AsyncConfig
 from lm.progress import Progress
+from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config()
 PROGRAMS = flags.DEFINE_integer("programs", 2000, "random programs", lower_bound=0)
@@ -35,8 +36,8 @@ LOGITS = flags.DEFINE_integer(
     "of the data and of the random programs, compare the logits of so many each; half "
     "as many go through the decoder",
 )
-IMPLEMENTATION = flags.DEFINE_string(
-    "implementation", None, "of the ops (default: the first that serves)"
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
 )
 CORRUPT = flags.DEFINE_enum("corrupt", None, list(verify.CORRUPTIONS), "plant this error")
 

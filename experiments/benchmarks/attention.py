@@ -25,6 +25,7 @@ from experiments import cli
 from experiments.benchmarks import recording
 from lm import plots, tables
 from lm.benchmarks import attention
+from lm.config import require_positive
 from lm.errors import UserError
 from lm.progress import say
 
@@ -74,6 +75,8 @@ def _plan() -> attention.Plan:
         lengths = tuple(int(length) for length in LENGTHS.value)
     except ValueError:
         raise UserError(f"--lengths={','.join(LENGTHS.value)} are not numbers") from None
+    for length in lengths:
+        require_positive("--lengths", length)
     return attention.Plan(
         CASES.value,
         lengths,

@@ -23,6 +23,7 @@ from experiments import cli
 from lm import setup
 from lm.cp_heads import checkpoints, head, prompts, verify
 from lm.cp_heads.config import CpConfig
+from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or Hugging Face directory")
@@ -30,8 +31,8 @@ TOKENS = flags.DEFINE_integer("tokens", 10_000, "greedy tokens to compare", lowe
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "compute dtype of the model"
 )
-IMPLEMENTATION = flags.DEFINE_string(
-    "implementation", None, "of the ops (default: the first that serves)"
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
 )
 
 

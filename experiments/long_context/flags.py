@@ -169,10 +169,12 @@ def text() -> str:
     prompt, path = cli.FLAGS.prompt, cli.FLAGS.prompt_file
     if (prompt is None) == (path is None):
         raise UserError("pass one of --prompt and --prompt_file")
-    if prompt is not None:
-        return prompt
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: {reason}") from None
+    if prompt is None:
+        try:
+            prompt = pathlib.Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: {reason}") from None
+    if not prompt:
+        raise UserError("the prompt is empty" if path is None else f"{path} is empty")
+    return prompt

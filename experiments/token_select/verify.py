@@ -30,6 +30,7 @@ from lm.errors import UserError
 from lm.long_context import exact
 from lm.token_select import verify
 from lm.token_select.config import TokenSelectConfig
+from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
@@ -40,8 +41,8 @@ TOLERANCE = flags.DEFINE_float("tolerance", None, "of errors, in place of 1e-4",
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "compute dtype of the model"
 )
-IMPLEMENTATION = flags.DEFINE_string(
-    "implementation", None, "of the ops (default: the first that serves)"
+IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
 )
 
 

@@ -177,8 +177,16 @@ def newest(path: pathlib.Path) -> pathlib.Path:
     return next((one for one in found if (one / "checkpoints").is_dir()), path)
 
 
+def has_threads(path: pathlib.Path) -> bool:
+    """Whether a run, or what `lm.studies` kept of one, is of async decoding."""
+    return (path / studies.RUN).exists() or "threads" in Workdir(newest(path)).sections()
+
+
 def config_at(path: pathlib.Path) -> RunConfig:
-    """The config of a run, or of what `lm.studies` kept of one. Raises UserError."""
+    """The config of a run, or of what `lm.studies` kept of one. Raises UserError, also for a run of
+    another method."""
+    if not has_threads(path):
+        raise UserError(f"{path} is the run of another method: it was not trained for threads")
     if (path / studies.RUN).exists():
         return studies.config_of(path, RunConfig)
     return Workdir(newest(path)).config(RunConfig)
@@ -193,7 +201,7 @@ def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
     if (path / studies.RUN).exists():
         return _kept(path)
     workdir = Workdir(newest(path))
-    run = resolve(workdir.config(RunConfig), workdir.path / "tokenizer")
+    run = resolve(config_at(path), workdir.path / "tokenizer")
     params = setup.restored_params(run.setup, workdir)
     model, params = lora.merge_adapters(run.setup.model, params)
     config = dataclasses.replace(run.setup.config, model=model)

@@ -8,7 +8,6 @@ from lm.async_decoding import runs, tables
 from lm.async_decoding.answers import Answer
 from lm.async_decoding.config import ThreadConfig
 from lm.prompting import Speaker
-from lm.workdir import Workdir
 
 
 def load(
@@ -23,7 +22,7 @@ def load(
     """
     if hf:
         return prompting.load_hf(path, template=template, dtype=dtype), ThreadConfig()
-    if "threads" not in Workdir(path).sections():
+    if not runs.has_threads(path):
         return prompting.load_workdir(path, template=template, dtype=dtype), ThreadConfig()
     run, params = runs.load(path)
     speaker = prompting.of_run(run.setup, params, template=template, dtype=dtype)

@@ -76,6 +76,8 @@ class Options:
     def __post_init__(self):
         if not self.seeds:
             raise UserError("--seeds: at least one is needed")
+        for budget in self.budgets:
+            Budget.parse(budget)
         for name in ("max_new_tokens", "batch_size"):
             require_positive(f"--{name}", getattr(self, name))
         for length in self.lengths:

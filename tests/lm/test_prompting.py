@@ -92,6 +92,8 @@ def test_bos_only_where_the_tokenizer_says_so(hf_dir):
     assert speaker.tokenizer.decode(speaker.prompt("hi", chat=False)) == "hi"
     with pytest.raises(UserError, match="the prompt is empty"):
         speaker.prompt("", chat=False)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        speaker.rendered("", chat=True)  # a template would make something of it
 
 
 def test_without_a_template(hf_dir):

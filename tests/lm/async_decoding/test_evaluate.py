@@ -14,7 +14,7 @@ from lm import sharding
 from lm.async_decoding import baselines, evaluate, figures, language, requests, runs, training
 from lm.async_decoding.config import RunConfig
 from lm.async_decoding.requests import RequestConfig
-from lm.config import DataConfig, ModelConfig, SamplingConfig, TrainConfig
+from lm.config import Config, DataConfig, ModelConfig, SamplingConfig, TrainConfig
 from lm.errors import UserError
 from lm.workdir import Workdir
 from tests.lm.async_decoding import scripted
@@ -240,3 +240,9 @@ def test_figures_are_made_from_rows(folder, tmp_path):
         figures.gather([tmp_path / "none"])
     with pytest.raises(UserError, match="which checkpoint"):
         evaluate.run(CONFIG, [], Decoder())
+
+
+def test_the_run_of_another_method_is_refused(tmp_path):
+    Workdir(tmp_path).record(Config())
+    with pytest.raises(UserError, match="of another method: it was not trained for threads"):
+        evaluate.form_of(tmp_path)

@@ -18,6 +18,7 @@ from lm.async_decoding import (
     requests,
     runs,
     samplers,
+    speaking,
     study,
     training,
 )
@@ -110,6 +111,9 @@ def test_a_study_in_pieces(tmp_path, counted, monkeypatch):
     assert {one.name for one in (tmp_path / "weights").iterdir()} == {"base", "predicted"}
     loaded, _ = runs.load(tmp_path / "weights" / "predicted")
     assert evaluate.form_of(tmp_path / "weights" / "predicted") == "async"
+    speaker, threads = speaking.load(tmp_path / "weights" / "predicted", hf=False)
+    assert threads == loaded.config.threads
+    assert speaker.valid_vocab == loaded.setup.valid_vocab
     vocab = loaded.setup.tokenizer.vocab_size
     assert loaded.setup.valid_vocab == vocab < loaded.setup.model.vocab_size
 

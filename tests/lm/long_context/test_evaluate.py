@@ -11,7 +11,7 @@ import pytest
 from lm.errors import DataError, UserError
 from lm.long_context import asking, decode, evaluate, tasks
 from lm.long_context.judge import Judge
-from lm.long_context.options import Budget
+from lm.long_context.options import Budget, Options
 from lm.token_select.methods import Methods
 from lm.workdir import Workdir
 from tests.lm.long_context import judged, small
@@ -184,3 +184,8 @@ def test_files_that_are_refused(opened, tmp_path):
         run('{"prompt": "x", "references": "y"}\n{"prompt": "x"}')
     with pytest.raises(UserError, match=r"prompt 0 has 40 tokens and 8 new .* a context of 47"):
         run(40 * "x", capacity=47, max_new_tokens=8)
+
+
+def test_budgets_are_read_before_anything_runs():
+    with pytest.raises(UserError, match="a share is at most 100%"):
+        Options(budgets=("26", "k=500%"))
