@@ -141,6 +141,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def any_whole(directory: pathlib.Path) -> bool:
+    """Whether a directory of checkpoints has one that can be read."""
+    return directory.is_dir() and any(map(_whole, directory.iterdir()))
+
+
 def _whole(path: pathlib.Path) -> bool:
     """Whether Orbax finished writing this step and none of its parts is missing."""
     parts = [path / name for name in ("state", "data", "meta")]

@@ -9,7 +9,7 @@ sequence draws from its own keys.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 import jax
@@ -275,8 +275,8 @@ def request(
     return program, (*padded, pad_stops(stop_ids), key)
 
 
-def prompt_lengths(prompts: Sequence[np.ndarray]) -> list[int]:
-    """Tokens of each prompt. Raises UserError: no prompts, or an empty one."""
+def prompt_lengths(prompts: Sequence[Sized]) -> list[int]:
+    """Tokens of each prompt, or characters. Raises UserError: no prompts, or an empty one."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths:
         raise UserError("nothing to generate: no prompts")

@@ -164,7 +164,8 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     Raises UserError when the file cannot be read or has none, DataError for a JSON object without.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: JSON may hold other characters that end lines
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     prompts = []

@@ -85,13 +85,17 @@ class Workdir:
             raise RunError(f"cannot write {target}: {error.strerror}") from error
 
     def append(self, name: str, row: dict[str, Any]) -> None:
-        """Appends one JSON line to metrics.jsonl, eval.jsonl or benchmark.jsonl."""
+        """Appends one JSON line to metrics.jsonl, eval.jsonl or benchmark.jsonl.
+
+        A line that a kill cut short is ended before it.
+        """
         if jax.process_index():
             return
         target = self.path / name
         try:
+            torn = target.exists() and not _ends_in_newline(target)
             with target.open("a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write("\n" * torn + json.dumps(row) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {target}: {error.strerror}") from error
 
@@ -177,6 +181,13 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return out.stdout.strip()
+
+
+def _ends_in_newline(path: pathlib.Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 1, 0))
+        return file.read(1) in (b"\n", b"")
 
 
 def _log_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> None:

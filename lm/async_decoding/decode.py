@@ -171,6 +171,7 @@ def speak(
     """`answers` of any model; one whose tokenizer lacks the tags answers sequentially."""
     require_positive("batch", batch)
     pieces = pieces or Pieces(prefill, advance)
+    generate.prompt_lengths(prompts)  # a template would fill an empty one
     encoded = [encode(speaker, prompt) for prompt in prompts]
     lengths = generate.prompt_lengths(encoded)
     order = sorted(range(len(encoded)), key=lambda index: lengths[index])

@@ -294,7 +294,7 @@ class Endpoint:
             return known
         text = self._file.read_text(encoding="utf-8")
         self._torn = bool(text) and not text.endswith("\n")
-        for line in text.splitlines():
+        for line in text.split("\n"):  # replies may hold other characters that end lines
             try:
                 row = json.loads(line)
                 fields = row["reply"] | {"top": tuple(row["reply"]["top"])}
@@ -309,7 +309,7 @@ class Endpoint:
         with self._lock:
             try:
                 with self._file.open("a", encoding="utf-8") as file:
-                    file.write("\n" * self._torn + json.dumps(row, ensure_ascii=False) + "\n")
+                    file.write("\n" * self._torn + json.dumps(row) + "\n")
                     self._torn = False
             except OSError as error:
                 raise RunError(f"cannot write {self._file}: {error.strerror}") from error
@@ -339,9 +339,11 @@ def _seconds(header: str | None) -> float | None:
     if header is None:
         return None
     try:
-        return max(float(header), 0.0)
+        seconds = float(header)
     except ValueError:
         pass
+    else:
+        return max(seconds, 0.0) if math.isfinite(seconds) else None
     try:
         return max(email.utils.parsedate_to_datetime(header).timestamp() - time.time(), 0.0)
     except (TypeError, ValueError):

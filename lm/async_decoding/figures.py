@@ -32,7 +32,7 @@ _COLOURS = {
 _BLOCKS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00")
 _KEYS = (
     *("kind", "method", "lambda", "round", "source", "scorer", "seed", "batch", "device"),
-    *("threads", "prompt_tokens", "layers"),
+    *("threads", "prompt_tokens", "layers", "compose", "checkpoint"),
 )
 
 

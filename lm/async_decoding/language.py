@@ -436,10 +436,11 @@ def clamp(tokens: int) -> int:
 
 
 def recounted(program: Program, tokenizer: Tokenizer) -> Program:
-    """The program with promises of what its blocks really take, rounded up."""
+    """The program with promises of what its blocks really take, rounded up, or of the most that can
+    be promised."""
     lengths = iter([len(ids) for ids in tokenizer.encode_batch(list(program.threads))])
     items = tuple(
-        dataclasses.replace(item, tokens=reserve(next(lengths)))
+        dataclasses.replace(item, tokens=clamp(next(lengths)))
         if isinstance(item, Promise)
         else item
         for item in program.items

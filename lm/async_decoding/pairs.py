@@ -263,5 +263,5 @@ def dumps(pairs: Sequence[Pair]) -> str:
 
 def loads(text: str) -> list[Pair]:
     """The inverse of `dumps`."""
-    found = [json.loads(line) for line in text.splitlines()]
+    found = [json.loads(line) for line in text.split("\n") if line]
     return [Pair(**{**one, "reference": tuple(one["reference"])}) for one in found]

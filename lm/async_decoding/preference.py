@@ -67,13 +67,14 @@ def run(
       training of a round with it.
 
     Raises:
-      UserError: a config that cannot run, or a workdir with samples of other settings.
+      UserError: a config that cannot run, or a workdir with samples or pairs of other settings.
       NoPairs: a round has nothing to train on; those before it are kept.
       RunError: training broke.
       OutOfTime: of the clock, with what was drawn kept.
     """
     if jax.process_count() > 1:
         raise UserError("preference optimisation runs on one process")
+    _check_pairs(config, workdir)
     workdir.create(config)
     workdir.record(config)
     scorer = scorer or quality.scorer(config.preference.scorer)
@@ -86,6 +87,24 @@ def run(
             continue
         result = one.run()
     return result
+
+
+def _check_pairs(config: RunConfig, workdir: Workdir) -> None:
+    """Raises UserError where pairs were chosen, or rows written, under other settings."""
+    if not any(workdir.path.glob(f"{runs.ROUND}*/{PAIRS}")):
+        return
+    before = workdir.config(type(config))
+    changed = [
+        f"preference.{name}"
+        for name in ("quality_weight", "scorer", "speed", "baseline")
+        if getattr(before.preference, name) != getattr(config.preference, name)
+    ]
+    changed += ["data.seq_len"] * (before.data.seq_len != config.data.seq_len)
+    if changed:
+        raise UserError(
+            f"{workdir.path} holds pairs of other settings ({', '.join(changed)}): use another "
+            "workdir"
+        )
 
 
 def round_path(folder: pathlib.Path, number: int) -> pathlib.Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from lm import lora, setup, sharding, studies, transformer
+from lm import checkpoint, lora, setup, sharding, studies, transformer
 from lm.async_decoding import language, requests
 from lm.async_decoding.config import RunConfig
 from lm.config import LoraConfig
@@ -174,7 +174,7 @@ def newest(path: pathlib.Path) -> pathlib.Path:
     has any."""
     found = [one for one in path.glob(f"{ROUND}*") if one.name.removeprefix(ROUND).isdigit()]
     found.sort(key=lambda one: int(one.name.removeprefix(ROUND)), reverse=True)
-    return next((one for one in found if (one / "checkpoints").is_dir()), path)
+    return next((one for one in found if checkpoint.any_whole(one / "checkpoints")), path)
 
 
 def has_threads(path: pathlib.Path) -> bool:

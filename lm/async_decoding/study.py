@@ -227,7 +227,9 @@ class _Recipe:
 
     def _digest(self, name: str) -> str:
         values = to_dict(self.config_of(name))
-        text = json.dumps([values[section] for section in self.sections(name)])
+        asked = [values["preference"][key] for key in ("scorer", "threads")]
+        made = [values[section] for section in (*self.sections(name), "sampling")]
+        text = json.dumps([made, asked])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _train(self, work: Study, name: str) -> bool:

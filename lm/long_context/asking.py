@@ -189,7 +189,8 @@ def read(path: pathlib.Path) -> list[tuple[str, str, tuple[str, ...]]]:
     Raises UserError when the file cannot be read or is empty, DataError for another object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: JSON may hold other characters that end lines
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     found = [_record(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]

@@ -100,7 +100,8 @@ def read(path: pathlib.Path, templates: Mapping[str, str] | None = None) -> list
     Raises UserError when it cannot be read, DataError for another kind of line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines: JSON may hold other characters that end lines
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     found = []

@@ -59,6 +59,15 @@ def test_what_fails_for_now_is_tried_again(tmp_path, capfd):
     assert KEY not in capfd.readouterr().err + (tmp_path / "replies.jsonl").read_text()
 
 
+def test_replies_may_hold_other_ends_of_lines(tmp_path):
+    text = "a\u2028b\u0085c"
+    with Server(script=[(429, {"Retry-After": "nan"})], reply=lambda body: text) as server:
+        for _ in range(2):
+            made, _ = client(server, tmp_path)
+            assert made.fetch([asking("x")])[0].text == text
+        assert len(server.bodies) == 2  # one was refused, none asked again
+
+
 def test_a_server_that_hangs_or_never_recovers_is_given_up(tmp_path, capfd):
     with Server(script=["hang", "hang"]) as server:
         made, waits = client(server, tmp_path, timeout=0.2, attempts=2)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import collections
+import dataclasses
 import re
 
 import numpy as np
@@ -260,6 +261,8 @@ def test_a_trained_tokenizer_takes_the_tags():
     whole = trained.encode(language.promise_text(Promise("Rome is", 30)))
     assert encoded.main[-2 - len(whole) : -2].tolist() == whole.tolist()
     assert language.recounted(program, trained).promises == (Promise("Rome is", 10),)
+    longer = dataclasses.replace(program, threads=("old. Rome " * 900,))
+    assert language.recounted(longer, trained).promises[0].tokens == language.MAX_TOKENS
     with pytest.raises(ValueError, match="lacks the tags"):
         language.tag_ids(tokenizers.load_tokenizer("bytes"))
 

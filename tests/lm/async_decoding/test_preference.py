@@ -216,6 +216,26 @@ def test_rounds_prefer_what_scores_best_and_resume(start, tmp_path):
         preference.run(other, Workdir(tmp_path / "a"), Decoder())
 
 
+def test_pairs_of_another_lambda_are_not_trained_on(start, tmp_path):
+    place = Workdir(tmp_path / "a")
+    preference.run(config_of(start, rounds=1), place, Decoder())
+    with pytest.raises(UserError, match=r"pairs of other settings \(preference.quality_weight\)"):
+        preference.run(config_of(start, rounds=1, quality_weight=0.5), place, Decoder())
+    half = place.path / "round_2" / "checkpoints"
+    half.mkdir(parents=True)  # killed before it saved anything
+    assert runs.newest(place.path) == place.path / "round_1"
+
+
+def test_a_row_after_one_that_a_kill_cut_short(tmp_path):
+    place = Workdir(tmp_path)
+    place.append("eval.jsonl", {"round": 0})
+    with (tmp_path / "eval.jsonl").open("a") as file:
+        file.write('{"round": 1, "qua')
+    place.append("eval.jsonl", {"round": 2})
+    place.append("eval.jsonl", {"round": 3})
+    assert [row["round"] for row in place.rows("eval.jsonl")] == [0, 2, 3]
+
+
 def test_what_gives_no_pair_is_counted(start, tmp_path):
     with pytest.raises(RunError, match="gives a pair: 2 x prompt malformed, 8 x sample malformed"):
         preference.run(config_of(start, prompts=2), Workdir(tmp_path / "a"), Decoder(order=(3,)))
