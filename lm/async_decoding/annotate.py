@@ -35,7 +35,7 @@ _SENTENCE = re.compile(r"(?s).+?(?:[.!?:]+[\"')\]]*(?:\s+|\Z)|\Z)")
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?|\d+")
 # Pronouns point back where a unit begins; further on they mostly mean something of its own.
 _BACK_FIRST = re.compile(
-    r"(?:\W*\w+){0,2}?\W*\b(?:this|that|these|those|it|its|they|them|their|he|she|his|her|both|so|"
+    r"(?:\W*+\w++){0,2}?\W*+(?:this|that|these|those|it|its|they|them|their|he|she|his|her|both|so|"
     r"such|then|next|overall|finally|however|instead|otherwise|also|another|others?)\b",
     re.IGNORECASE,
 )

@@ -11,7 +11,7 @@ Neither can wait. What a later part needs is therefore written in main under `ap
 with such a part is written without a skeleton under `sot`, as if a router had said so: both keep
 their quality and lose speed, where forking everything would lose the answer. The fork is `"/>`, its
 child begins with `">`, and a skeleton's topic with `<promise topic="`: tags that the vocabulary
-has.
+has, and that text never holds here: where HTML ends in `">`, two tokens say so.
 
 APAR trains chains from the root to one leaf, with the loss behind the last child token. All chains
 of an answer are one layout here: blocks share main up to their forks and see nothing else, so that
@@ -75,7 +75,7 @@ def skeleton(program: Program) -> list[tuple[str, str]] | None:
 
 def _encode_skeleton(points, prompt, tokenizer, end) -> EncodedProgram:
     ids = language.tag_ids(tokenizer)
-    topics = tokenizer.encode_batch([topic for topic, _ in points])
+    topics = language.encode_texts([topic for topic, _ in points], tokenizer)
     main = [token for topic in topics for token in (ids[language.PROMISE], *topic.tolist())]
     return EncodedProgram(
         prompt=np.asarray(prompt, np.int32),
@@ -84,7 +84,7 @@ def _encode_skeleton(points, prompt, tokenizer, end) -> EncodedProgram:
         syncs=np.zeros(0, np.int64),
         tokens=np.full(len(points), language.MAX_TOKENS, np.int64),
         openings=tuple(_opening(topic, ids) for topic in topics),
-        blocks=tuple(tokenizer.encode_batch([text for _, text in points])),
+        blocks=tuple(language.encode_texts([text for _, text in points], tokenizer)),
         close=ids[CLOSE],
     )
 
@@ -108,7 +108,8 @@ def sot_answers(
     first, seconds = _generate(speaker, encoded, sampling, keys[0], speaker.stop_ids, prefill=False)
     found = [topics_of(g.tokens, tokenizer, speaker.stop_ids) for g in first]
     openings = [
-        [_opening(topic, ids) for topic in tokenizer.encode_batch(topics)] for topics in found
+        [_opening(topic, ids) for topic in language.encode_texts(topics, tokenizer)]
+        for topics in found
     ]
     wanted = [
         np.concatenate([prompt, g.tokens, opening])
@@ -181,11 +182,11 @@ def _encode_forks(program, prompt, tokenizer, end) -> EncodedProgram:
     for item in program.items:
         if isinstance(item, Promise):
             lead, detail = split_lead(item.topic, next(blocks))
-            main += [*tokenizer.encode(lead).tolist(), ids[FORK]]
+            main += [*language.encode_prompt(lead, tokenizer).tolist(), ids[FORK]]
             forks.append(len(main) - 1)
             details.append(detail)
         else:
-            main += tokenizer.encode(item.text).tolist()
+            main += language.encode_prompt(item.text, tokenizer).tolist()
     return EncodedProgram(
         prompt=np.asarray(prompt, np.int32),
         main=np.array([*main, end], np.int32),
@@ -193,7 +194,7 @@ def _encode_forks(program, prompt, tokenizer, end) -> EncodedProgram:
         syncs=np.zeros(0, np.int64),
         tokens=np.full(len(forks), language.MAX_TOKENS, np.int64),
         openings=tuple(np.array([ids[CHILD]], np.int32) for _ in forks),
-        blocks=tuple(tokenizer.encode_batch(details)),
+        blocks=tuple(language.encode_texts(details, tokenizer)),
         close=ids[CLOSE],
     )
 

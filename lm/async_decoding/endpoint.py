@@ -34,6 +34,9 @@ from lm.progress import Progress, say
 CHARACTERS = 4  # of a token, as far as an estimate goes
 _OVERHEAD = 8  # tokens of a message's frame
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_OWN = (400, 413, 422)  # may be one request's fault, such as a text that is too long
+_SAME = 8  # requests refused so, and none answered: then it is not theirs
+_CHUNK = 1 << 16  # bytes of a reply
 _SHOWN = 200  # characters of what an endpoint says
 
 
@@ -42,10 +45,11 @@ class EndpointConfig:
     """Where to ask, and what may be spent.
 
     url: up to and without `/chat/completions`. key_env: name of the environment variable with the
-    key; "" sends none. timeout: seconds of one attempt. Waits between attempts double from
-    `first_wait` seconds to at most `longest_wait`, each drawn between half of it and all of it; an
-    endpoint's own Retry-After wins, up to `longest_wait`. Prices are per million tokens. max_cost:
-    more than that is not started. workers: requests under way at once.
+    key; "" sends none. timeout: seconds of one attempt, its whole reply included. Waits between
+    attempts double from `first_wait` seconds to at most `longest_wait`, each drawn between half of
+    it and all of it; an endpoint's own Retry-After wins, up to `longest_wait`. Prices are per
+    million tokens. max_cost: of all that a run asks for, as estimated; more than that is not
+    started. workers: requests under way at once.
     """
 
     url: str
@@ -141,6 +145,10 @@ class _Failed(Exception):
         self.wait = wait
 
 
+class _Refused(Exception):
+    """A request that the endpoint will not take."""
+
+
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
         return None  # the status then arrives as an HTTPError
@@ -162,6 +170,8 @@ class Endpoint:
         self._sleep, self._rng = sleep, rng or random.Random()
         self._opener = urllib.request.build_opener(_NoRedirect)
         self._lock = threading.Lock()
+        self._cost = 0.0  # of what was sent, as estimated
+        self._answered, self._refusals = False, 0
         self._torn = False  # the file ends in a line that a kill cut short
         self._known = self._read()
 
@@ -175,17 +185,21 @@ class Endpoint:
 
     def fetch(self, requests: Sequence[Request]) -> list[Reply | None]:
         """The reply to each request, from the file where it is there; None where all attempts
-        failed, which a rerun tries again.
+        failed or the endpoint refuses just that request, which a rerun tries again.
 
         Raises:
-          UserError: the estimate is above `max_cost`, or the endpoint refuses the request (status
-            400, 401, 403, 404, ...), which others like it would share.
+          UserError: the estimate is above what is left of `max_cost`, or the endpoint refuses what
+            others would share: a status such as 401, 403 or 404, or eight requests (or all) before
+            it answered any.
           RunError: the file cannot be written.
         """
         estimate = self.estimate(requests)
         if estimate.requests:
             self._announce(estimate, len(requests))
-            self._send(self._missing(requests))
+            self._cost += estimate.cost
+            missing = self._missing(requests)
+            self._answered |= len(missing) < len({self._digest(one) for one in requests})
+            self._send(missing)
         return [self._known.get(self._digest(one)) for one in requests]
 
     def _announce(self, estimate: Estimate, count: int) -> None:
@@ -195,9 +209,11 @@ class Endpoint:
             f"{estimate.requests} of {count} requests to {config.model}: about "
             f"{estimate.tokens_in:,} tokens in, at most {estimate.tokens_out:,} out{priced}"
         )
-        if estimate.cost > config.max_cost:
+        if estimate.cost + self._cost > config.max_cost:
+            before = f" after {self._cost:.2f} before" if self._cost else ""
             raise UserError(
-                f"the requests may cost {estimate.cost:.2f}, above --max_cost={config.max_cost:g}"
+                f"the requests may cost {estimate.cost:.2f}{before}, above "
+                f"--max_cost={config.max_cost:g}"
             )
 
     def _send(self, requests: Sequence[Request]) -> None:
@@ -206,7 +222,7 @@ class Endpoint:
             concurrent.futures.ThreadPoolExecutor(self.config.workers) as pool,
             Progress(self.config.model, len(requests)) as progress,
         ):
-            futures = [pool.submit(self._ask, request) for request in requests]
+            futures = [pool.submit(self._ask, request, len(requests)) for request in requests]
             try:
                 for future in concurrent.futures.as_completed(futures):
                     reason = future.result()
@@ -219,12 +235,20 @@ class Endpoint:
         if failed:
             say(f"{len(failed)} requests got no reply; the last: {failed[-1]}")
 
-    def _ask(self, request: Request) -> str:
-        """Asks until there is a reply, and files it; else why there is none."""
+    def _ask(self, request: Request, beside: int) -> str:
+        """Asks until there is a reply, and files it; else why there is none. beside: requests of
+        the same fetch."""
         wait = self.config.first_wait
         for attempt in range(1, self.config.attempts + 1):
             try:
                 reply = self._attempt(request)
+            except _Refused as error:
+                with self._lock:
+                    self._refusals += 1
+                    shared = not self._answered and self._refusals >= min(beside, _SAME)
+                if shared:
+                    raise UserError(f"the endpoint refuses the request: {error}") from None
+                return str(error)
             except _Failed as error:
                 if attempt == self.config.attempts:
                     return f"{error} ({attempt} attempts)"
@@ -237,6 +261,7 @@ class Endpoint:
         raise AssertionError("unreachable: the last attempt returns")
 
     def _attempt(self, request: Request) -> Reply:
+        began = time.monotonic()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -248,7 +273,7 @@ class Endpoint:
         )
         try:
             with self._opener.open(sent, timeout=self.config.timeout) as response:
-                data = response.read()
+                data = self._body(response, began)
         except urllib.error.HTTPError as error:
             raise self._refused(error) from None
         except TimeoutError:
@@ -262,6 +287,17 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             raise _Failed("the reply is no chat completion") from None
 
+    def _body(self, response: http.client.HTTPResponse, began: float) -> bytes:
+        """What is replied; TimeoutError also where it comes byte by byte for too long."""
+        parts = []
+        while part := response.read1(_CHUNK):
+            parts.append(part)
+            if time.monotonic() - began > self.config.timeout:
+                raise TimeoutError
+        if response.length:
+            raise http.client.IncompleteRead(b"", response.length)
+        return b"".join(parts)
+
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         """The exception of a status; none of them holds more than a short, cleaned text."""
         with error:
@@ -272,6 +308,8 @@ class Endpoint:
         reason = self._hidden(f"status {error.code}: {said or error.reason}")
         if error.code in _RETRIED:
             return _Failed(reason, _seconds(error.headers.get("Retry-After")))
+        if error.code in _OWN:
+            return _Refused(reason)
         return UserError(f"the endpoint refuses the request: {reason}")
 
     def _hidden(self, text: str) -> str:
@@ -313,7 +351,7 @@ class Endpoint:
                     self._torn = False
             except OSError as error:
                 raise RunError(f"cannot write {self._file}: {error.strerror}") from error
-            self._known[digest] = reply
+            self._known[digest], self._answered = reply, True
 
 
 def _parsed(data: Mapping[str, Any]) -> Reply:

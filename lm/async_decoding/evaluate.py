@@ -115,7 +115,7 @@ def run(
     first = baseline or next((path for path in paths if form_of(path) == "plain"), None)
     if first is None:
         say("no sequential run among the checkpoints: no speed-ups (--baseline names one)")
-    asked = questions(config, paths[0])
+    asked = questions(config, [*paths, *([first] if first else [])])
     against = None if first is None else measure(first, config, asked, make, options)
     rows = []
     for path in dict.fromkeys(paths):
@@ -137,17 +137,33 @@ def form_of(path: pathlib.Path) -> str:
     return runs.config_at(path).threads.form
 
 
-def questions(config: RunConfig, path: pathlib.Path) -> list[Question]:
-    """What is asked: of the source that a run was trained on only what it held out, of any other
-    file everything, up to data.eval_conversations."""
+def questions(config: RunConfig, paths: Sequence[pathlib.Path]) -> list[Question]:
+    """What is asked: of a source that any of the runs was trained on only what was held out, of any
+    other file everything, up to data.eval_conversations.
+
+    Raises UserError and DataError; UserError also where a run held out another part of the source.
+    """
     data = config.data
-    trained = runs.config_at(path).data.source
     if data.source == "requests":
         return quality.questions(runs.conversations(config, "validation"))
-    if pathlib.Path(trained).resolve() == pathlib.Path(data.source).resolve():
+    source = pathlib.Path(data.source).resolve()
+    learnt = {path: runs.config_at(path).data for path in paths}
+    learnt = {path: one for path, one in learnt.items() if _same(one.source, source)}
+    for path, one in learnt.items():
+        if one.validation_fraction != data.validation_fraction:
+            raise UserError(
+                f"{path} was trained on {data.source} with data.validation_fraction="
+                f"{one.validation_fraction:g}, and {data.validation_fraction:g} would be asked: it "
+                "may know the answers"
+            )
+    if learnt:
         return quality.questions(runs.conversations(config, "validation"))
     reader = instructions.read(data.source, on_error=data.on_error, limit=data.eval_conversations)
     return quality.questions(list(reader))
+
+
+def _same(name: str, source: pathlib.Path) -> bool:
+    return name != "requests" and pathlib.Path(name).resolve() == source
 
 
 # --- answers

@@ -184,11 +184,24 @@ def tag_ids(tokenizer: Tokenizer) -> Mapping[str, int]:
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> np.ndarray:
     """Token ids [n] int32 of a prompt, in which a tag is text and steers nothing."""
-    runs = []
-    while found := _TAG.search(text):  # cut behind the first character, and nothing is a tag
-        runs.append(text[: found.start() + 1])
-        text = text[found.start() + 1 :]
-    return np.concatenate([tokenizer.encode(run) for run in (*runs, text)]).astype(np.int32)
+    return encode_texts([text], tokenizer)[0]
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Token ids [n] int32 of each text, in which tags are text."""
+    runs, ends = [], []
+    for text in texts:
+        at = 0
+        while found := _TAG.search(text, at):  # cut behind the first character, and nothing is one
+            runs.append(text[at : found.start() + 1])
+            at = found.start() + 1
+        runs.append(text[at:])
+        ends.append(len(runs))
+    ids = tokenizer.encode_batch(runs)
+    return [
+        np.concatenate(ids[begin:end]).astype(np.int32)
+        for begin, end in itertools.pairwise([0, *ends])
+    ]
 
 
 # --- the strict parser

@@ -114,8 +114,9 @@ def request(history: Sequence[Message], answer: str) -> Request:
         messages += [("user", _shown(asked, plain)), ("assistant", marked)]
     asked = next((m.content for m in reversed(history) if m.role == "user"), "")
     messages.append(("user", _shown(asked, answer)))
-    # tags add to what the answer takes; an estimate that is short would cut the reply off
-    return Request(tuple(messages), max_tokens=256 + len(answer))
+    # tags add to what the answer takes, and too few would cut the reply off: twice the usual four
+    # bytes a token, which is 1.5 tokens of a character that takes three
+    return Request(tuple(messages), max_tokens=256 + len(answer.encode()) // 2)
 
 
 def _shown(asked: str, answer: str) -> str:
@@ -128,11 +129,12 @@ class Prompted:
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
+        self._replies: dict[tuple[tuple[str, str], ...], Reply | None] = {}
 
     def fetch(self, conversations: Sequence[Conversation]) -> None:
         """Gets the replies for every answer of these conversations. Raises UserError above the
         limit of cost."""
-        self._endpoint.fetch(
+        self._ask(
             [
                 request(conversation.messages[:index], conversation.messages[index].content)
                 for conversation in conversations
@@ -140,8 +142,15 @@ class Prompted:
             ]
         )
 
+    def _ask(self, wanted: Sequence[Request]) -> None:
+        replies = self._endpoint.fetch(wanted)
+        self._replies |= {one.messages: it for one, it in zip(wanted, replies, strict=True)}
+
     def __call__(self, history: Sequence[Message], answer: str) -> Program:
-        (reply,) = self._endpoint.fetch([request(history, answer)])
+        asked = request(history, answer)
+        if asked.messages not in self._replies:  # what failed is left to a rerun
+            self._ask([asked])
+        reply = self._replies[asked.messages]
         if reply is None:
             raise LanguageError(0, "the endpoint gave no reply")
         return program_of(reply, answer)

@@ -16,6 +16,7 @@ from lm.async_decoding import language, requests, runs
 from lm.async_decoding.assembly import Assembly
 from lm.data.conversations import Conversation
 from lm.errors import UserError
+from lm.progress import say
 from lm.text.chat import ChatTemplate
 from lm.text.tokenizers import Tokenizer
 
@@ -131,7 +132,7 @@ def scorer(name: str) -> Scorer:
 
 def questions(conversations: Sequence[Conversation]) -> list[Question]:
     """The first exchange of each conversation that begins with a user; its answer without tags is
-    the reference. Raises UserError when there is none."""
+    the reference. How many begin otherwise is said. Raises UserError when all do."""
     found = []
     for conversation in conversations:
         first, *rest = conversation.messages
@@ -142,6 +143,8 @@ def questions(conversations: Sequence[Conversation]) -> list[Question]:
             )
     if not found:
         raise UserError("no conversation begins with a user's message")
+    if left := len(conversations) - len(found):
+        say(f"{left} of {len(conversations)} conversations begin with no user's message: not asked")
     return found
 
 

@@ -10,7 +10,7 @@ import time
 
 class Server:
     """Answers with `reply(body) -> text`, after the `script`: per request a status, "hang", "drop",
-    "garbage", or (status, headers). Keeps what it was asked."""
+    "garbage", "trickle", or (status, headers). Keeps what it was asked."""
 
     def __init__(self, reply=lambda body: "yes", script=(), top=None):
         self.reply, self.script, self.top = reply, list(script), top
@@ -49,6 +49,14 @@ class Server:
         if status == "drop":
             handler.close_connection = True
             handler.connection.close()
+            return
+        if status == "trickle":
+            handler.send_response(200)
+            handler.send_header("Content-Length", "100")
+            handler.end_headers()
+            for _ in range(20):
+                time.sleep(0.05)
+                handler.wfile.write(b" ")
             return
         sent = b"<html>not JSON" if status == "garbage" else self._content(status, body, handler)
         handler.send_response(200 if status == "garbage" else status)

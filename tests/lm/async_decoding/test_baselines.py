@@ -10,6 +10,7 @@ import pytest
 
 from lm.async_decoding import baselines, critical_path, language, layout, requests, training
 from lm.async_decoding.config import ThreadConfig
+from lm.async_decoding.language import Program, Promise, Text
 from lm.config import SamplingConfig
 from lm.generate import Generation
 from lm.text import chat
@@ -93,6 +94,17 @@ def test_skeletons_train_two_phases(kind):
             opened = [*first, IDS[language.ASYNC], *TOKENIZER.encode(topic).tolist(), CHILD]
             expected += trained([*opened, *TOKENIZER.encode(text).tolist(), CLOSE], len(opened))
         assert chains_of_edges(made) == expected
+
+
+@pytest.mark.parametrize("form", ["sot", "apar"])
+def test_what_closes_a_tag_is_text_in_html(form):
+    html = 'see <a href="x">that</a>.<br id="y"/>\n'
+    program = Program((Promise("one", 10), Text(html)), ("one: " + html,))
+    made = baselines.encode(program, PROMPT, TOKENIZER, END, form)
+    blocks = zip(made.openings, made.blocks, strict=True)
+    threads = [made.main, *(np.array([*opening, *block, CLOSE]) for opening, block in blocks)]
+    found = baselines.assemble(threads, TOKENIZER, TOKENIZER.stop_ids, form)
+    assert found.text == language.render(program)
 
 
 def test_forms_have_their_own_positions():

@@ -87,6 +87,30 @@ def test_a_server_that_hangs_or_never_recovers_is_given_up(tmp_path, capfd):
     assert "cannot be reached" in capfd.readouterr().err
 
 
+def test_a_request_that_is_refused_by_itself_stops_no_other(tmp_path, capfd):
+    with Server(script=[413, 400, 422]) as server:
+        made, waits = client(server, tmp_path)
+        found = made.fetch([asking(letter) for letter in "abcde"])
+        assert [reply and reply.text for reply in found] == [None] * 3 + ["yes"] * 2
+        assert "3 requests got no reply; the last: status 422" in capfd.readouterr().err
+        server.script = [400]
+        assert made.fetch([asking("a")]) == [None]  # others were answered
+        assert not waits
+    with Server(script=[400] * 9) as server:
+        (tmp_path / "b").mkdir()
+        made, _ = client(server, tmp_path / "b")
+        with pytest.raises(UserError, match="the endpoint refuses the request: status 400"):
+            made.fetch([asking(str(number)) for number in range(20)])
+        assert len(server.bodies) < 20
+
+
+def test_a_reply_that_trickles_is_given_up(tmp_path, capfd):
+    with Server(script=["trickle"]) as server:
+        made, _ = client(server, tmp_path, timeout=0.2, attempts=1)
+        assert made.fetch([asking("a")]) == [None]
+    assert "no reply within 0.2 s" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("status", [400, 401, 404, (302, {"Location": "http://127.0.0.1:9/x"})])
 def test_what_will_not_change_is_refused_at_once(tmp_path, status):
     with Server(script=[status]) as server:
@@ -122,19 +146,21 @@ def test_replies_are_kept(tmp_path):
 
 def test_the_cost_is_said_before_anything_is_sent(tmp_path, capfd):
     with Server() as server:
-        made, _ = client(server, tmp_path, price_in=1e6, price_out=2e6, max_cost=60.0)
+        made, _ = client(server, tmp_path, price_in=1e6, price_out=2e6, max_cost=80.0)
         estimate = made.estimate([asking("x" * 40)])
         assert (estimate.tokens_in, estimate.tokens_out) == (18, 10)
         assert estimate.cost == 38
-        with pytest.raises(UserError, match=r"may cost 76\.00, above --max_cost=60"):
-            made.fetch([asking("x" * 40), asking("y" * 40)])
+        with pytest.raises(UserError, match=r"may cost 114\.00, above --max_cost=80"):
+            made.fetch([asking(letter * 40) for letter in "xyz"])
         assert not server.bodies
-        assert "2 of 2 requests to m: about 36 tokens in, at most 20 out, at most 76.00" in (
+        assert "3 of 3 requests to m: about 54 tokens in, at most 30 out, at most 114.00" in (
             capfd.readouterr().err
         )
         made.fetch([asking("x" * 40)])
         made.fetch([asking("x" * 40), asking("y" * 40)])  # one of them is paid for
         assert len(server.bodies) == 2
+        with pytest.raises(UserError, match=r"may cost 38\.00 after 76\.00 before, above"):
+            made.fetch([asking("z" * 40)])
 
 
 @pytest.mark.parametrize(
@@ -194,6 +220,11 @@ def test_answers_are_annotated_at_an_endpoint_and_checked(tmp_path):
         report = Report()
         found = [annotate(one, annotator, report) for one in asked]
         assert len(server.bodies) == 3  # nothing is asked for twice
+        server.script = [400]
+        other = conversation("Trees?", "Four.")
+        annotator.fetch([other])
+        assert annotate(other, annotator, Report()) == other
+        assert len(server.bodies) == 4  # what was refused is left to a rerun
     program = language.parse(found[0].messages[1].content)
     assert language.render(program) == ANSWER
     assert len(program.threads) == 1

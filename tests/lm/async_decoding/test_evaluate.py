@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -186,8 +187,15 @@ def test_prompts_of_a_file_are_asked(folder, tmp_path):
     file = tmp_path / "alpaca_eval.json"
     file.write_text(json.dumps([{"instruction": "Name a tree.", "output": "An elm."}] * 2))
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, source=str(file)))
-    asked = evaluate.questions(config, folder / "async")
+    asked = evaluate.questions(config, [folder / "async"])
     assert [one.reference for one in asked] == ["An elm."] * 2
+    learnt = dataclasses.replace(config.data, validation_fraction=0.2)
+    before = dataclasses.replace(config, data=learnt)
+    with (
+        mock.patch.object(runs, "config_at", return_value=before),
+        pytest.raises(UserError, match=r"validation_fraction=0\.2, and 0\.1 would be asked"),
+    ):
+        evaluate.questions(config, [folder / "async"])
     options = evaluate.Options(scorer="rouge_l")
     (row,) = evaluate.run(config, [folder / "sot"], Decoder(), options)["rows"]
     assert row["method"] == "sot"  # decoded by itself, six tokens of an untrained model
