@@ -16,8 +16,8 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    names = ["async_decoding", "cp_heads", "draft_inference", "single_pass", "token_select"]
-    assert [path.stem for path in NOTEBOOKS] == names
+    methods = ["async_decoding", "cp_heads", "draft_inference", "single_pass", "token_select"]
+    assert [path.stem for path in NOTEBOOKS] == sorted([*methods, "overview"])
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
