@@ -242,8 +242,8 @@ class _Round:
     def _samples(self) -> list[list[Answer]]:
         """The samples of every prompt; those that are in the file are not drawn again."""
         own = self.study.own
-        params = self._start()
-        about = self._about(params)
+        policy = self._policy(self._start())
+        about = self._about(policy[1])
         rows = self.place.rows(SAMPLES)
         if rows and rows[0] != about:
             changed = sorted(key for key in about if rows[0].get(key) != about[key])
@@ -260,7 +260,7 @@ class _Round:
                 self.study.clock.check()
                 group = self.asked[first : first + own.prompts_at_once]
                 prompts = [one.prompt for one in group for _ in range(own.samples)]
-                draw = draw or self.study.sampler(*self._policy(params), own.temperature)
+                draw = draw or self.study.sampler(*policy, own.temperature)
                 drawn = iter(draw(prompts, self._seed(first)))
                 for _ in group:
                     answers = [pairs.to_record(next(drawn)) for _ in range(own.samples)]

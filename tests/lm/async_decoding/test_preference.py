@@ -28,7 +28,7 @@ from lm.async_decoding import (
 from lm.async_decoding.config import PreferenceConfig, RunConfig, ThreadConfig
 from lm.async_decoding.language import Program, Promise, Sync, Text
 from lm.async_decoding.requests import RequestConfig
-from lm.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lm.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from lm.data import packing
 from lm.errors import RunError, UserError
 from lm.workdir import Workdir
@@ -224,6 +224,20 @@ def test_pairs_of_another_lambda_are_not_trained_on(start, tmp_path):
     half = place.path / "round_2" / "checkpoints"
     half.mkdir(parents=True)  # killed before it saved anything
     assert runs.newest(place.path) == place.path / "round_1"
+
+
+def test_samples_of_another_start_are_not_taken(start, tmp_path):
+    """With adapters, what is trained begins the same on every model."""
+    seeded = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, seed=1))
+    training.run(seeded, Workdir(tmp_path / "other"))
+    config, place = config_of(start, rounds=1), Workdir(tmp_path / "a")
+    adapters = dataclasses.replace(config.model, lora=LoraConfig(rank=2))
+    config = dataclasses.replace(config, model=adapters)
+    with pytest.raises(KeyboardInterrupt):
+        preference.run(config, place, Decoder(most=1))
+    other = dataclasses.replace(config, init_from=str(tmp_path / "other"))
+    with pytest.raises(UserError, match=r"holds samples of other settings \(policy\)"):
+        preference.run(other, place, Decoder())
 
 
 def test_a_row_after_one_that_a_kill_cut_short(tmp_path):
