@@ -9,10 +9,10 @@ from lm.async_decoding.endpoint import EndpointConfig
 from lm.errors import UserError
 
 _NUMBERS = {
-    "timeout": (60.0, "seconds of one attempt"),
+    "timeout": (60.0, "seconds of one attempt, its reply included"),
     "price_in": (0.0, "of a million tokens that the endpoint reads"),
     "price_out": (0.0, "of a million tokens that it writes"),
-    "max_cost": (math.inf, "refuse to start when the estimate is above"),
+    "max_cost": (math.inf, "refuse to ask when the estimates of all that is asked come to more"),
 }
 _COUNTS = {"attempts": (6, "of a request"), "workers": (4, "requests under way at once")}
 

@@ -73,10 +73,10 @@ class EndpointConfig:
         require_positive("attempts", self.attempts)
         require_positive("workers", self.workers)
         for name in ("timeout", "first_wait", "longest_wait"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0 seconds")
-        if min(self.price_in, self.price_out, self.max_cost) < 0:
-            raise UserError("prices and --max_cost must not be negative")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0 seconds, and finite")
+        if not all(x >= 0 for x in (self.price_in, self.price_out, self.max_cost)):
+            raise UserError("prices and --max_cost must be numbers that are not negative")
         if math.isfinite(self.max_cost) and not self.price_in + self.price_out:
             raise UserError("--max_cost needs prices: give --price_in and --price_out")
         if self.key_env:

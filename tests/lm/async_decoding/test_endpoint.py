@@ -2,6 +2,7 @@
 """The client against a server on this machine: what fails, what it costs, what is kept, the key."""
 
 import json
+import math
 import random
 
 import pytest
@@ -172,7 +173,9 @@ def test_the_cost_is_said_before_anything_is_sent(tmp_path, capfd):
         ({"max_cost": 1.0}, "--max_cost needs prices"),
         ({"timeout": 0.0}, "timeout must be above 0"),
         ({"attempts": 0}, "attempts=0 must be at least 1"),
-        ({"price_in": -1.0}, "must not be negative"),
+        ({"price_in": -1.0}, "that are not negative"),
+        ({"price_out": math.nan, "max_cost": 1.0}, "that are not negative"),
+        ({"timeout": math.inf}, "and finite"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values, reason):
