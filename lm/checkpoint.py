@@ -10,9 +10,11 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from lm.errors import RunError, UserError
 
+_ASIDE = ".damaged"
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -31,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
         self.directory = directory
+        self._damaged: list[int] = []  # steps that cannot be read
         self._report_partial()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         handlers = {
@@ -48,8 +51,9 @@ class Checkpoints:
         if not self.directory.is_dir():
             return
         for path in sorted(self.directory.iterdir()):
-            if path.is_dir() and not _whole(path):
+            if path.is_dir() and not _whole(path) and path.suffix != _ASIDE:
                 logging.warning("ignoring the half-written checkpoint %s", path)
+                self._damaged += [int(path.name)] if path.name.isdigit() else []
 
     def steps(self) -> list[int]:
         """Whole checkpoints, oldest first."""
@@ -61,15 +65,15 @@ class Checkpoints:
     ) -> None:
         """Starts writing; errors of an earlier write surface here or in `wait`.
 
+        A step that cannot be read is set aside first, since nothing is written below the newest.
+
         Raises:
-          RunError: no room on the disk.
+          RunError: no room on the disk, or a newer checkpoint is in the way.
         """
         self._check_room(state)
-        partial = self.directory / str(step)
-        if step in self._manager.all_steps() and not _whole(partial):
-            self._manager.delete(step)
+        self._set_aside()
         with _disk_errors():
-            self._manager.save(
+            saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
@@ -77,6 +81,25 @@ class Checkpoints:
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
+        if not saved:
+            raise RunError(
+                f"{self.directory} took no checkpoint of step {step}: it has a newer one"
+            )
+
+    def _set_aside(self) -> None:
+        """Renames what cannot be read."""
+        if not self._damaged:
+            return
+        if not jax.process_index():
+            for step in self._damaged:
+                path = self.directory / str(step)
+                target = path.with_suffix(_ASIDE)
+                shutil.rmtree(target, ignore_errors=True)
+                logging.warning("%s is set aside as %s", path, target.name)
+                path.rename(target)
+        multihost_utils.sync_global_devices("damaged checkpoints are aside")
+        self._damaged.clear()
+        self._manager.reload()
 
     def _check_room(self, state: Any) -> None:
         """Refuses before the write what cannot succeed: half a checkpoint helps nobody."""
@@ -119,6 +142,7 @@ class Checkpoints:
                     self.directory / str(step),
                     str(error).splitlines()[0],
                 )
+                self._damaged.append(step)
                 continue
             return Restored(step, out.state, out.meta)
         return None

@@ -4,6 +4,7 @@ them."""
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -27,9 +28,9 @@ def require_positive(name: str, value: int) -> None:
 
 
 def require_at_least_zero(name: str, value: float) -> None:
-    """Raises UserError for a negative number."""
-    if value < 0:
-        raise UserError(f"{name}={value} must not be negative")
+    """Raises UserError for a negative number, and for one that is none or has no end."""
+    if not 0 <= value < math.inf:
+        raise UserError(f"{name}={value} must {'not be negative' if value < 0 else 'be finite'}")
 
 
 @dataclasses.dataclass(frozen=True)

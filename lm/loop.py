@@ -55,7 +55,7 @@ class Result:
     step: int
     loss: float  # of the last step, under train.weighting
     state: train.TrainState
-    seconds: float  # of training in this process, compilation excluded
+    seconds: float  # of training up to here in all processes, compilation excluded
 
 
 def fit(job: Job, workdir: Workdir) -> Result:
@@ -69,20 +69,21 @@ def fit(job: Job, workdir: Workdir) -> Result:
     optimizer = train.make_optimizer(job.config.optimizer, job.total_steps)
     store = checkpoint.Checkpoints(workdir.checkpoints, config.keep_checkpoints)
     try:
-        state, loss = _start(job, optimizer, store)
+        state, loss, seconds = _start(job, optimizer, store)
         workdir.record(job.requested)
         step = int(state.step)
         workdir.truncate_metrics(step)
         if step >= job.total_steps:
             say(f"{workdir.path}: already trained to step {step}")
-            return Result(step, loss, state, 0.0)
-        return _run(job, workdir, store, optimizer, state)
+            return Result(step, loss, state, seconds)
+        return _run(job, workdir, store, optimizer, state, seconds)
     finally:
         store.close()
         workdir.close()
 
 
-def _start(job, optimizer, store) -> tuple[train.TrainState, float]:
+def _start(job, optimizer, store) -> tuple[train.TrainState, float, float]:
+    """The state, its loss, and the seconds that went into it."""
     seed = job.config.train.seed
     shapes = jax.eval_shape(
         lambda params: train.init_state(params, optimizer, seed, None), job.abstract
@@ -96,11 +97,11 @@ def _start(job, optimizer, store) -> tuple[train.TrainState, float]:
     restored = store.restore(shapes, job.data)
     if restored is not None:
         say(f"resuming from step {restored.step} of {store.directory}")
-        return restored.state, restored.meta["loss"]
-    return train.init_state(job.initial(), optimizer, seed, job.sharding), math.nan
+        return restored.state, restored.meta["loss"], restored.meta.get("seconds", 0.0)
+    return train.init_state(job.initial(), optimizer, seed, job.sharding), math.nan, 0.0
 
 
-def _run(job, workdir, store, optimizer, state) -> Result:
+def _run(job, workdir, store, optimizer, state, before) -> Result:
     config = job.config.train
     first, step_fn, began = int(state.step), None, time.monotonic()
     log = _Log(job, workdir)
@@ -127,13 +128,14 @@ def _run(job, workdir, store, optimizer, state) -> Result:
             last = step == job.total_steps
             stopping = stop.requested(store, step)
             if last or stopping or step % config.checkpoint_every == 0:
-                store.save(step, state, job.data, {"loss": log.settle()})
+                meta = {"loss": log.settle(), "seconds": before + time.monotonic() - began}
+                store.save(step, state, job.data, meta)
             if stopping:
                 store.wait()
                 say(f"stopped at step {step}, saved; run the same command to go on")
                 raise SystemExit(143)
         store.wait()
-    return Result(job.total_steps, log.settle(), state, time.monotonic() - began)
+    return Result(job.total_steps, log.settle(), state, before + time.monotonic() - began)
 
 
 def _compiled(job, optimizer, state, batch):

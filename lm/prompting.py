@@ -165,7 +165,7 @@ def read_prompts(path: pathlib.Path) -> list[str]:
     """
     try:
         # not splitlines: JSON may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     prompts = []

@@ -7,9 +7,10 @@ What `init_from` names decides the architecture; the config keeps the say over d
 import dataclasses
 import json
 import operator
+import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -22,6 +23,7 @@ from lm.data.conversations import Conversation
 from lm.data.python_source import Document
 from lm.errors import UserError
 from lm.hf import weights
+from lm.progress import say
 from lm.text import chat, tokenizers
 from lm.workdir import Workdir
 
@@ -41,6 +43,7 @@ class Setup:
     tokenizer: tokenizers.Tokenizer
     template: chat.ChatTemplate
     valid_vocab: int | None  # real tokens, when the table is padded beyond them
+    step: int | None = None  # of the checkpoint that its parameters were read from
 
     @property
     def model(self) -> ModelConfig:
@@ -57,16 +60,18 @@ def resolve(config: Config, tokenizer_dir: pathlib.Path | None = None) -> Setup:
     tokenizer_dir: where an earlier run saved the tokenizer that it trained; it wins over training
     again.
     """
-    model, spec = config.model, config.data.tokenizer
+    model, spec, valid = config.model, config.data.tokenizer, None
     if config.init_from:
-        model, own = _model_of(pathlib.Path(config.init_from), config.model)
-        spec = own if spec == "auto" else spec
+        before = pathlib.Path(config.init_from)
+        model, valid = _model_of(before, config.model)
+        spec = _spec_of(before) if spec == "auto" else spec
     tokenizer = _tokenizer(config, "bytes" if spec == "auto" else spec, tokenizer_dir)
-    valid = None
     if not model.vocab_size:
         padded = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        model = dataclasses.replace(model, vocab_size=padded)
-        valid = tokenizer.vocab_size if tokenizer.vocab_size != padded else None
+        model, valid = dataclasses.replace(model, vocab_size=padded), 0
+    if valid is not None:
+        valid = max(valid, tokenizer.vocab_size)
+        valid = valid if valid < model.vocab_size else None
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, "
@@ -173,7 +178,36 @@ def conversations(data: DataConfig, split: str = "train") -> Sequence[Conversati
         spec = sources.FileData(data.source, delimiters=delimiters, **common)
     source = sources.open_source(spec)
     limit = data.eval_conversations if split == "validation" else data.limit
-    return First(source, limit) if limit and limit < len(source) else source
+    if not limit or limit >= len(source):
+        return source
+    if whole:
+        say(f"data.limit: the first {limit:,} of {len(source):,} conversations")
+    return First(source, limit)
+
+
+def split_of(trained: DataConfig, wanted: DataConfig) -> tuple[str, DataConfig]:
+    """What a run that was trained on one source may be asked of another: ("all", as wanted), or
+    ("validation", split as it was in training) where they are the same."""
+    if _place(trained.source) != _place(wanted.source):
+        return "all", wanted
+    kind = wanted.source.partition(":")[0]
+    names = {"arithmetic": (), "gsm8k": ("validation_fraction", "seed", "max_turns")}
+    own = {
+        name: getattr(trained, name)
+        for name in names.get(kind, ("validation_fraction",))
+        if getattr(trained, name) != getattr(wanted, name)
+    }
+    for name, value in own.items():
+        say(f"data.{name} is {value!r}, as in training: it decides what was held out")
+    return "validation", dataclasses.replace(wanted, **own)
+
+
+def _place(source: str) -> tuple[str, str]:
+    """The kind and the resolved path of a source."""
+    kind, colon, path = source.partition(":")
+    if colon and kind in ("gsm8k", *_PYTHON):
+        return kind, os.path.realpath(path)
+    return ("", source) if source in ("arithmetic", *_PYTHON) else ("", os.path.realpath(source))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,20 +254,32 @@ def is_hf(path: pathlib.Path) -> bool:
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}/config.json: {error}") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}/config.json: not a JSON object")
     return "architectures" in fields or "model_type" in fields
 
 
-def _model_of(path: pathlib.Path, wanted: ModelConfig) -> tuple[ModelConfig, str]:
-    """The model of a checkpoint with this config's dtype and adapters, and its tokenizer's spec."""
+def _model_of(path: pathlib.Path, wanted: ModelConfig) -> tuple[ModelConfig, int | None]:
+    """The model of a checkpoint with this config's dtype and adapters, and how many of its tokens
+    are real where its table was padded here."""
     if is_hf(path):
-        model, spec = weights.read_config(path), str(path)
+        model, valid = weights.read_config(path), None
     else:
-        source = Workdir(path)
-        own = resolve(source.config(), source.path / "tokenizer")
-        model, spec = own.model, own.config.data.tokenizer
-        if (path / "tokenizer").is_dir():
-            spec = str(path / "tokenizer")
-    return dataclasses.replace(model, dtype=wanted.dtype, lora=wanted.lora), spec
+        own = resolve(Workdir(path).config(), path / "tokenizer")
+        model, valid = own.model, own.valid_vocab
+    return dataclasses.replace(model, dtype=wanted.dtype, lora=wanted.lora), valid
+
+
+def _spec_of(path: pathlib.Path) -> str:
+    """The tokenizer of a checkpoint, which may be that of what it started from."""
+    if is_hf(path):
+        return str(path)
+    if (path / "tokenizer").is_dir():
+        return str(path / "tokenizer")
+    config = Workdir(path).config()
+    if config.data.tokenizer == "auto" and config.init_from:
+        return _spec_of(pathlib.Path(config.init_from))
+    return config.data.tokenizer
 
 
 def load_base(setup: Setup) -> transformer.Params | None:
@@ -252,19 +298,22 @@ def load_workdir(path: pathlib.Path) -> tuple[Setup, transformer.Params]:
     """The newest checkpoint of a run, adapters merged into the weights."""
     workdir = Workdir(path)
     setup = resolve(workdir.config(), workdir.path / "tokenizer")
-    model, params = lora.merge_adapters(setup.model, restored_params(setup, workdir))
+    found = restored(setup, workdir)
+    model, params = lora.merge_adapters(setup.model, found.params)
     config = dataclasses.replace(setup.config, model=model)
-    return dataclasses.replace(setup, config=config), params
+    return dataclasses.replace(setup, config=config, step=found.step), params
 
 
-def restored_params(setup: Setup, workdir: Workdir) -> transformer.Params:
-    """All parameters of the model after the newest checkpoint of `workdir`, under `setup`, adapters
-    kept apart."""
-    return restored(setup, workdir)[0]
+class Restored(NamedTuple):
+    """What a run trained, adapters kept apart."""
+
+    params: transformer.Params  # the model's, all of them
+    beside: transformer.Params  # what was trained beside them
+    step: int
 
 
-def restored(setup: Setup, workdir: Workdir) -> tuple[transformer.Params, transformer.Params]:
-    """(the model's parameters, what was trained beside them) after the newest checkpoint.
+def restored(setup: Setup, workdir: Workdir) -> Restored:
+    """What the newest readable checkpoint of `workdir` holds, under `setup`.
 
     A method that trains more than the model stores {"params": the model's, "head": its own}; where
     the model was frozen it stores its own alone, and the model is read where the run found it.
@@ -289,8 +338,8 @@ def restored(setup: Setup, workdir: Workdir) -> tuple[transformer.Params, transf
     if "head" in stored:
         trained, beside = trained.get("params"), trained["head"]
     if trained is None:
-        return whole_model(setup, None), beside
-    return train.merge(trained, frozen_params(setup, None)), beside
+        return Restored(whole_model(setup, None), beside, found.step)
+    return Restored(train.merge(trained, frozen_params(setup, None)), beside, found.step)
 
 
 def abstract_trained(model: ModelConfig) -> transformer.Params:

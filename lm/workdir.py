@@ -68,11 +68,14 @@ class Workdir:
 
     def _record(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "config.json").read_text())
+            values = json.loads((self.path / "config.json").read_text())
         except OSError as error:
             raise UserError(f"{self.path} is not a workdir: no readable config.json") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{self.path}/config.json: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{self.path}/config.json: not a JSON object")
+        return values
 
     def write(self, name: str, text: str) -> None:
         """Writes a whole file, atomically."""

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import prompting, tuned
+from lm import prompting, setup, tuned
 from lm.async_decoding import (
     baselines,
     compositions,
@@ -146,24 +146,15 @@ def questions(config: RunConfig, paths: Sequence[pathlib.Path]) -> list[Question
     data = config.data
     if data.source == "requests":
         return quality.questions(runs.conversations(config, "validation"))
-    source = pathlib.Path(data.source).resolve()
-    learnt = {path: runs.config_at(path).data for path in paths}
-    learnt = {path: one for path, one in learnt.items() if _same(one.source, source)}
-    for path, one in learnt.items():
-        if one.validation_fraction != data.validation_fraction:
-            raise UserError(
-                f"{path} was trained on {data.source} with data.validation_fraction="
-                f"{one.validation_fraction:g}, and {data.validation_fraction:g} would be asked: it "
-                "may know the answers"
-            )
-    if learnt:
+    found = [setup.split_of(runs.config_at(path).data, data) for path in dict.fromkeys(paths)]
+    held_out = [own for split, own in found if split == "validation"]
+    if any(own != held_out[0] for own in held_out):
+        raise UserError(f"the runs held out different parts of {data.source}: evaluate each alone")
+    if held_out:
+        config = dataclasses.replace(config, data=held_out[0])
         return quality.questions(runs.conversations(config, "validation"))
     reader = instructions.read(data.source, on_error=data.on_error, limit=data.eval_conversations)
     return quality.questions(list(reader))
-
-
-def _same(name: str, source: pathlib.Path) -> bool:
-    return name != "requests" and pathlib.Path(name).resolve() == source
 
 
 # --- answers

@@ -202,7 +202,7 @@ def load(path: pathlib.Path) -> tuple[Run, transformer.Params]:
         return _kept(path)
     workdir = Workdir(newest(path))
     run = resolve(config_at(path), workdir.path / "tokenizer")
-    params = setup.restored_params(run.setup, workdir)
+    params = setup.restored(run.setup, workdir).params
     model, params = lora.merge_adapters(run.setup.model, params)
     config = dataclasses.replace(run.setup.config, model=model)
     return dataclasses.replace(run, setup=dataclasses.replace(run.setup, config=config)), params

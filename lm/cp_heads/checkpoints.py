@@ -64,7 +64,7 @@ def load_run(path: pathlib.Path) -> tuple[Setup, transformer.Params, HeadParams 
     """The newest checkpoint of a run, adapters merged, and its head if it has one."""
     workdir = Workdir(path)
     resolved = setup.resolve(workdir.config(CpConfig), workdir.path / "tokenizer")
-    params, made = setup.restored(resolved, workdir)
+    params, made, _ = setup.restored(resolved, workdir)
     model, params = lora.merge_adapters(resolved.model, params)
     config: CpConfig = dataclasses.replace(resolved.config, model=model)
     resolved = dataclasses.replace(resolved, config=config)

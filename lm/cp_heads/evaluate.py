@@ -4,7 +4,6 @@ before any decoder runs."""
 
 import dataclasses
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -75,8 +74,9 @@ def run(
 ) -> dict[str, Any]:
     """Measures the heads of several checkpoints and appends their rows to each one's eval.jsonl.
 
-    Of the source that a run was trained on, only what it held out is used; of any other, everything
-    up to `data.eval_conversations`. Heads on the same trunk are measured on the same texts.
+    Of a source that any of the runs was trained on, only what was held out is used; of any other,
+    everything up to `data.eval_conversations`. Heads on the same trunk are measured on the same
+    texts.
 
     Raises UserError and DataError.
     """
@@ -84,6 +84,8 @@ def run(
         raise UserError("evaluate runs on one process")
     if not paths:
         raise UserError("which checkpoint? give at least one")
+    split, asked = _split_of(paths, config.data)
+    config = dataclasses.replace(config, data=asked)
     temperatures = options.temperatures or (config.sampling.temperature,)
     drawn = [dataclasses.replace(config.sampling, temperature=t) for t in temperatures]
     made: dict[Any, Texts] = {}
@@ -96,7 +98,7 @@ def run(
         for sampling in drawn:
             key = (trunk, dataclasses.replace(data, tokenizer="", template=""), sampling)
             if key not in made:
-                made[key] = texts_of(loaded.setup, params, data, sampling, options)
+                made[key] = texts_of(loaded.setup, params, data, sampling, options, split)
             found = measure(loaded, params, made[key], sampling, options)
             known = {
                 "source": data.source,
@@ -124,10 +126,16 @@ def data_of(loaded: Loaded, config: CpConfig) -> DataConfig:
     return dataclasses.replace(config.data, **{name: getattr(own, name) for name in formats})
 
 
-def split_of(trained: DataConfig, wanted: DataConfig) -> str:
-    """ "validation" for the source that was trained on, else "all"."""
-    same = os.path.abspath(trained.source) == os.path.abspath(wanted.source)
-    return "validation" if same else "all"
+def _split_of(paths: Sequence[pathlib.Path], wanted: DataConfig) -> tuple[str, DataConfig]:
+    """`setup.split_of` for several runs. Raises UserError where they held out different parts."""
+    runs = [path for path in paths if not (attach.is_attached(path) or setup.is_hf(path))]
+    found = [setup.split_of(Workdir(path).config(CpConfig).data, wanted) for path in runs]
+    held_out = [data for split, data in found if split == "validation"]
+    if any(data != held_out[0] for data in held_out):
+        raise UserError(
+            f"the runs held out different parts of {wanted.source}: evaluate each alone"
+        )
+    return ("validation", held_out[0]) if held_out else ("all", wanted)
 
 
 def texts_of(
@@ -136,12 +144,16 @@ def texts_of(
     data: DataConfig,
     sampling: SamplingConfig,
     options: Options,
+    split: str | None = None,
 ) -> Texts:
     """Prompts from the data, continued by the model or as the data goes on.
 
+    split: which part of the data; None: `setup.split_of` decides.
+
     Raises UserError when the data gives no text of at least two tokens.
     """
-    split = split_of(resolved.config.data, data)
+    if split is None:
+        split, data = setup.split_of(resolved.config.data, data)
     whole = documents_of(resolved, data, split)
     prompts = [ids[: min(options.prompt_tokens, len(ids) // 2)] for ids in whole]
     if options.texts == "corpus":

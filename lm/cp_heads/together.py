@@ -195,4 +195,4 @@ def load(workdir: Workdir) -> dict[str, Any]:
     """The heads of the newest checkpoint, by name. Raises UserError without one."""
     config = workdir.config(CpConfig)
     resolved = setup.resolve(config, workdir.path / "tokenizer")
-    return setup.restored(resolved, workdir)[1]
+    return setup.restored(resolved, workdir).beside

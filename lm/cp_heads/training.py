@@ -178,10 +178,10 @@ def initial(resolved: setup.Setup, mesh: sharding.Sharding | None) -> train.Para
     """What a run trains, at step 0: the head of `init_from` where it has the same one, else a
     random one."""
     config: CpConfig = resolved.config
-    found = checkpoints.head_of(pathlib.Path(config.init_from)) if config.init_from else None
-    if found is not None and found[0] == config.head:
+    before = _head_before(config)
+    if before is not None:
         say(f"the head starts as that of {config.init_from}")
-        made = {name: leaf for name, leaf in found[1].items() if name != "vocab"}
+        made = {name: leaf for name, leaf in before.items() if name != "vocab"}
     else:
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         made = jax.jit(lambda key: head.init(key, config.head, config.model))(key)
@@ -190,6 +190,12 @@ def initial(resolved: setup.Setup, mesh: sharding.Sharding | None) -> train.Para
     if config.loss.mode == "heads":
         return trained
     return {"params": setup.trained_params(resolved, mesh), **trained}
+
+
+def _head_before(config: CpConfig) -> HeadParams | None:
+    """The head of `init_from`, where it has the same one."""
+    found = checkpoints.head_of(pathlib.Path(config.init_from)) if config.init_from else None
+    return found[1] if found is not None and found[0] == config.head else None
 
 
 def frozen_model(resolved: setup.Setup, mesh: sharding.Sharding | None) -> train.Params:
@@ -208,23 +214,26 @@ def _placed(tree: Any, mesh: sharding.Sharding | None) -> Any:
 def draft_vocab(resolved: setup.Setup, workdir: Workdir) -> np.ndarray | None:
     """The ids of the draft vocabulary [V'] int32, ascending; None when the head predicts all.
 
-    The most frequent tokens of the first rows of training data; kept in the workdir, so that a
-    resumed run has the same.
+    That of the head which training starts from, else the most frequent tokens of the first rows of
+    training data; kept in the workdir, so that a resumed run has the same.
     """
     config: CpConfig = resolved.config
     size = config.head.draft_vocab
     if not size:
         return None
     ids = checkpoints.read_draft_vocab(workdir.path)
-    if ids is None:
+    before = _head_before(config) if ids is None else None
+    if before is not None:  # its outputs are these tokens
+        ids = np.asarray(before["vocab"]["ids"])
+    elif ids is None:
         counts = np.zeros(resolved.model.vocab_size, np.int64)
         rows = setup.text_rows(resolved)
         for _, row in zip(range(_COUNTED_ROWS), rows, strict=False):
             targets = row["edge_targets"]
             counts += np.bincount(targets[targets >= 0], minlength=len(counts))
         ids = head.frequent(counts, size)
-        if not jax.process_index():
-            workdir.write(checkpoints.DRAFT_VOCAB, json.dumps(ids.tolist()) + "\n")
+    if not jax.process_index():
+        workdir.write(checkpoints.DRAFT_VOCAB, json.dumps(ids.tolist()) + "\n")
     if len(ids) != size:
         raise UserError(
             f"{workdir.path} has a draft vocabulary of {len(ids)} tokens, head.draft_vocab={size}"

@@ -15,6 +15,7 @@ import grain
 import numpy as np
 
 from lm.data.layout import EDGE_FIELDS, HIDDEN_FIELDS, ROW_FIELDS, Layout
+from lm.errors import UserError
 
 Row = dict[str, np.ndarray]
 
@@ -28,6 +29,7 @@ _DTYPES = {
     "edge_turn_weights": np.float32,
 }
 _HIDDEN_DTYPES = dict.fromkeys(HIDDEN_FIELDS, np.int32)
+_FRUITLESS = 20_000  # conversations without a layout that are read before giving up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,12 @@ class _PackedIterator(grain.DatasetIterator):
         counts: dict[str, int] = {}
         groups = 0
         while len(layouts) < self._window:
+            if groups >= _FRUITLESS and not layouts:  # an endless parent would go on for ever
+                dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+                raise UserError(
+                    f"{groups} conversations in a row give nothing to train on at "
+                    f"data.seq_len={self._seq_len} ({dropped})"
+                )
             try:
                 group = next(self._parent)
             except StopIteration:

@@ -34,7 +34,11 @@ SHARD_BYTES = 5_000_000_000
 
 def read_config(hf_dir: str | Path) -> ModelConfig:
     """The model of a checkpoint directory; UserError as `configs.config_from_hf`."""
-    return configs.config_from_hf(read_fields(hf_dir), str(Path(hf_dir) / "config.json"))
+    path = Path(hf_dir) / "config.json"
+    try:
+        return configs.config_from_hf(read_fields(hf_dir), str(path))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # a field of another type
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
 
 
 def read_fields(hf_dir: str | Path) -> dict[str, Any]:

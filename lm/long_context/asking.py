@@ -190,7 +190,7 @@ def read(path: pathlib.Path) -> list[tuple[str, str, tuple[str, ...]]]:
     """
     try:
         # not splitlines: JSON may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     found = [_record(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]

@@ -101,7 +101,7 @@ def read(path: pathlib.Path, templates: Mapping[str, str] | None = None) -> list
     """
     try:
         # not splitlines: JSON may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     found = []

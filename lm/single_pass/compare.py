@@ -109,19 +109,17 @@ def _run(
     job = training.job(own, total_steps=steps)
     say(f"{mode}: {job.total_steps} steps of {own.config.train.batch_size} rows")
     result = loop.fit(job, folder)
-    folder.append("seconds.jsonl", {"step": result.step, "seconds": result.seconds})
-    seconds = sum(row["seconds"] for row in folder.rows("seconds.jsonl"))
     params = train.merge(result.state.params, job.frozen)
     found = evaluate.evaluate(own, params, held_out)
     for row in found.rows:
         row = {"kind": "evaluate", "method": mode, "step": result.step, **row}
         folder.append("eval.jsonl", row | {"seed": own.config.train.seed})
-    hours = seconds / 3600 * jax.device_count()
+    hours = result.seconds / 3600 * jax.device_count()
     row = {
         "mode": mode,
         "final_loss": found.loss,
         "exact_match": found.exact_match,
-        "seconds": seconds,
+        "seconds": result.seconds,
         "cost": hours * options.chip_price,
         "chip_hours": hours,
         "train_loss": result.loss,

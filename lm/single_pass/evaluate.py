@@ -9,14 +9,13 @@ import collections
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from lm import checkpoint, generate, losses, setup, sharding, train
+from lm import generate, losses, setup, sharding, train
 from lm.config import Config, DataConfig
 from lm.data import packing
 from lm.data.conversations import Conversation
@@ -118,12 +117,12 @@ def run(
     if jax.process_count() > 1:
         raise UserError("evaluate runs on one process")
     trained, params = setup.load_workdir(workdir.path)
-    config = _with_formats_of(trained.config.data, config)
+    split, data = setup.split_of(trained.config.data, config.data)
+    config = _with_formats_of(trained.config.data, dataclasses.replace(config, data=data))
     resolved = dataclasses.replace(trained, config=dataclasses.replace(config, model=trained.model))
     mesh = sharding.make(config.mesh, resolved.model)
     if mesh is not None:
         params = jax.device_put(params, mesh.params(params))
-    split = "validation" if _same_source(trained.config.data, config.data) else "all"
     source = setup.conversations(config.data, split)
     count = min(len(source), config.data.eval_conversations)
     if count < len(source):
@@ -138,25 +137,13 @@ def run(
         "method": trained.config.data.mode,
         "setting": _setting(config),
         "seed": options.seed,
-        "step": _newest_step(workdir),
+        "step": trained.step,
     }
     measured = found.timing.summary(found.timed_sequences)
     for row in found.rows:
         workdir.append("eval.jsonl", _without_nan(known | row | measured))
     whole = {"exact_match": found.exact_match, "loss": found.loss, "n": found.n}
     return {"rows": found.rows} | whole | known | measured, found.transcripts
-
-
-def _newest_step(workdir: Workdir) -> int:
-    store = checkpoint.Checkpoints(workdir.checkpoints)
-    try:
-        return store.steps()[-1]
-    finally:
-        store.close()
-
-
-def _same_source(trained: DataConfig, wanted: DataConfig) -> bool:
-    return os.path.abspath(trained.source) == os.path.abspath(wanted.source)
 
 
 def _with_formats_of(trained: DataConfig, config: Config) -> Config:

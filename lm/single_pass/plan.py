@@ -83,18 +83,19 @@ class _Costs:
         if self.refused is not None:
             return
         try:
-            found, report = layouts.layouts_of(samples, self.mode)
+            whole, report = layouts.layouts_of(samples, self.mode)
+            longest = max(max(layout.length, layout.num_edges) for layout in whole)
+            found = whole
+            if longest > self.seq_len:  # packing must split it or lose some of it
+                found, report = layouts.layouts_of(samples, self.mode, self.seq_len, overlong)
         except DataError as error:
             self.refused = str(error)
             logging.warning("plan: mode %s refuses the data: %s", self.mode, error)
             return
-        self.tokens += sum(layout.length for layout in found)
-        self.edges += sum(layout.num_edges for layout in found)
-        self.pairs += sum(layout.pairs for layout in found)
-        longest = max(max(layout.length, layout.num_edges) for layout in found)
+        self.tokens += sum(layout.length for layout in whole)
+        self.edges += sum(layout.num_edges for layout in whole)
+        self.pairs += sum(layout.pairs for layout in whole)
         self.longest = max(self.longest, longest)
-        if longest > self.seq_len:  # packing must split it or lose some of it
-            found, report = layouts.layouts_of(samples, self.mode, self.seq_len, overlong)
         self._count(report.counts())
         self.packed_pairs += sum(layout.pairs for layout in found)
         self._waiting += found

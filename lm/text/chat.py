@@ -82,7 +82,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise UserError(f"chat template {self.name}: {error}") from None
-        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        except Exception as error:  # whatever a stranger's template does
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
                 f"chat template {self.name} failed on this conversation: {reason}"
@@ -138,7 +138,13 @@ def _own_sources(tokenizer: Tokenizer) -> tuple[str, str | None]:
     own = tokenizer.chat_template
     if isinstance(own, str):
         return own, None
-    named = {entry["name"]: entry["template"] for entry in own or ()}
+    try:
+        named = {entry["name"]: entry["template"] for entry in own or ()}
+    except (TypeError, KeyError):
+        raise UserError(
+            f"tokenizer {tokenizer.name}: chat_template is neither a text nor a list of names with "
+            "templates"
+        ) from None
     if "default" not in named:
         having = f" named default (only {', '.join(named)})" if named else ""
         raise UserError(

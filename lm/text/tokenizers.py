@@ -264,10 +264,7 @@ class JsonTokenizer(_Common):
         self.special_tokens = dict(special_tokens or {})
         self.settings = dict(settings or {})
         self.chat_template = chat_template
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer {name}: not a tokenizer.json: {error}") from None
+        self._tokenizer = _library(definition, name)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # Post-processors add the special tokens that the template writes, and trim offsets.
@@ -435,15 +432,29 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def _library(definition: str, name: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer {name}: not a tokenizer.json: {error}") from None
+
+
 def _with_companion_tokens(
     definition: str, settings: Mapping[str, Any], added: Mapping[str, int], name: str
 ) -> str:
     """Adds the tokens that only tokenizer_config.json or added_tokens.json know, at their ids."""
-    entries = {token_id: {"content": token} for token, token_id in added.items()}
-    entries |= {int(i): flags for i, flags in settings.get("added_tokens_decoder", {}).items()}
+    try:
+        entries = {token_id: {"content": token} for token, token_id in added.items()}
+        entries |= {int(i): flags for i, flags in settings.get("added_tokens_decoder", {}).items()}
+        if any(not isinstance(flags["content"], str) for flags in entries.values()):
+            raise TypeError("content is no text")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"tokenizer {name}: added tokens: {type(error).__name__}: {error}"
+        ) from None
     if not entries:
         return definition
-    library = tokenizers.Tokenizer.from_str(definition)
+    library = _library(definition, name)
     missing = [i for i in sorted(entries) if library.token_to_id(entries[i]["content"]) is None]
     for token_id in missing:
         library.add_tokens([tokenizers.AddedToken(**{"normalized": False, **entries[token_id]})])

@@ -113,6 +113,10 @@ def test_half_written_and_damaged_checkpoints_are_ignored_with_a_message(finishe
     assert result == finished[1]
     assert f"ignoring the half-written checkpoint {half}" in err
     assert f"ignoring the unreadable checkpoint {newest}" in err
+    again, err = train(workdir)  # what was damaged has been written anew
+    assert again == finished[1]
+    assert "ignoring the unreadable" not in err
+    assert "already trained" in err
 
 
 def test_another_shape_is_one_line(finished, tmp_path):

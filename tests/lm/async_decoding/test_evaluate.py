@@ -189,13 +189,15 @@ def test_prompts_of_a_file_are_asked(folder, tmp_path):
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, source=str(file)))
     asked = evaluate.questions(config, [folder / "async"])
     assert [one.reference for one in asked] == ["An elm."] * 2
-    learnt = dataclasses.replace(config.data, validation_fraction=0.2)
-    before = dataclasses.replace(config, data=learnt)
+    learnt = [
+        dataclasses.replace(config, data=dataclasses.replace(config.data, validation_fraction=x))
+        for x in (0.5, 0.25)
+    ]
     with (
-        mock.patch.object(runs, "config_at", return_value=before),
-        pytest.raises(UserError, match=r"validation_fraction=0\.2, and 0\.1 would be asked"),
+        mock.patch.object(runs, "config_at", side_effect=learnt),
+        pytest.raises(UserError, match="the runs held out different parts"),
     ):
-        evaluate.questions(config, [folder / "async"])
+        evaluate.questions(config, [folder / "async", folder / "sot"])
     options = evaluate.Options(scorer="rouge_l")
     (row,) = evaluate.run(config, [folder / "sot"], Decoder(), options)["rows"]
     assert row["method"] == "sot"  # decoded by itself, six tokens of an untrained model

@@ -134,8 +134,20 @@ def test_a_draft_vocabulary_accepts_less(config, loaded):
 
 def test_other_data_are_used_whole(config):
     other = dataclasses.replace(config.data, source="arithmetic")
-    assert evaluate.split_of(config.data, config.data) == "validation"
-    assert evaluate.split_of(config.data, other) == "all"
+    assert setup.split_of(config.data, config.data) == ("validation", config.data)
+    assert setup.split_of(config.data, other) == ("all", other)
+
+
+def test_the_order_of_checkpoints_decides_nothing(config, tmp_path):
+    wanted = dataclasses.replace(config.data, source=str(tmp_path / "x.jsonl"))
+    for name in ("x", "y"):
+        data = dataclasses.replace(config.data, source=str(tmp_path / f"{name}.jsonl"))
+        Workdir(tmp_path / name).create(config)
+        Workdir(tmp_path / name).record(dataclasses.replace(config, data=data))
+    for names in ("xy", "yx"):
+        found = evaluate._split_of([tmp_path / name for name in names], wanted)
+        assert found == ("validation", wanted)
+    assert evaluate._split_of([tmp_path / "y"], wanted) == ("all", wanted)
 
 
 def test_refusals(config, folder):

@@ -212,6 +212,15 @@ def test_a_frozen_trunk_is_read_from_where_it_was(trunk, heads):
     assert (np.diff(ids) > 0).all()
 
 
+def test_a_head_that_goes_on_keeps_its_draft_vocabulary(heads, tmp_path):
+    others = DataConfig(seq_len=64, limit=20, eval_conversations=4, seed=7, max_operand=9)
+    loss = LossConfig(mode="heads", fraction=0.5)
+    short = TrainConfig(batch_size=4, steps=1, checkpoint_every=2)
+    run(run_config("heads", 0, heads[0], loss=loss, data=others, train=short), tmp_path)
+    before, after = (checkpoints.read_draft_vocab(path) for path in (heads[0], tmp_path))
+    np.testing.assert_array_equal(before, after)
+
+
 def test_joint_runs_start_from_both_and_hold_both(heads, tmp_path, capsys):
     config = run_config("joint", 1, heads[0])
     result = run(config, tmp_path / "joint")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lm.data import packing
 from lm.data.layout import EDGE_FIELDS, HIDDEN_FIELDS, ROW_FIELDS, Layout
+from lm.errors import UserError
 
 SEQ_LEN = 24
 
@@ -242,6 +243,15 @@ def test_groups_without_layouts_give_no_rows_but_count():
     assert list(iterator) == []
     assert packing.statistics(iterator)["dropped"] == 6
     assert packing.statistics(iterator)["fill"] == 0
+
+
+def test_endless_data_that_fits_no_row_is_refused(monkeypatch):
+    monkeypatch.setattr(packing, "_FRUITLESS", 50)
+    fruitless = packing.Group([], {"samples_dropped": 2, "samples": 0})
+    with pytest.raises(UserError, match=r"50 conversations in a row .*\(samples_dropped 100\)"):
+        next(iter(dataset([fruitless] * 3, epochs=None)))
+    fine = random_groups(6)
+    assert next(iter(dataset([*[fruitless] * 49, *fine], epochs=None)))
 
 
 @pytest.mark.parametrize(("seq_len", "window"), [(0, 1), (8, 0)])
