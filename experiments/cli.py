@@ -8,6 +8,7 @@ Exit status 0: done; 1: a check failed or the run broke; 2: bad input.
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from ops.dispatch import Unsupported
 FLAGS = flags.FLAGS
 C = TypeVar("C", bound=Config)
 N = TypeVar("N", int, float)
+_defined_data: list[str] = []  # whether --data names the config's conversations
 
 
 class CheckFailed(Exception):
@@ -44,6 +46,7 @@ def define_config(data: bool = True, workdir: bool = False, required: bool = Tru
     if required:
         flags.mark_flag_as_required("config")
     if data:
+        _defined_data.append("data")
         flags.DEFINE_string(
             "data", None, "conversations to use instead of the config's (JSON, JSONL, .gz)"
         )
@@ -55,13 +58,14 @@ def define_config(data: bool = True, workdir: bool = False, required: bool = Tru
 def config(cls: type[C] = Config, flag: str = "config") -> C:
     """The frozen config of this command: the preset, overrides, and --data.
 
-    flag: another flag of a config file, which --data is not about.
+    flag: another flag of a config file, which --data is not about; nor is a --data that a command
+      defines for itself.
     """
     try:
         values = getattr(FLAGS, flag).to_dict()
     except OSError as error:
         raise UserError(f"--{flag}: cannot read the file: {_last_line(error)}") from error
-    if flag == "config" and "data" in FLAGS and FLAGS.data is not None:
+    if flag == "config" and _defined_data and FLAGS.data is not None:
         values.setdefault("data", {})["source"] = FLAGS.data
     return freeze(values, cls)
 
@@ -132,7 +136,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return FLAGS(argv)
     except (AttributeError, KeyError) as error:
         # ml_collections: an override of a key that the config does not have
-        keys = [a for a in argv if a.startswith("--config.")]
+        keys = [a for a in argv if re.match(r"--\w*config\.", a)]
         hint = str(error).strip("'\"").replace("\\n", ". ").replace("\\'", "'")
         _exit(2, f"unknown config key in {' '.join(keys)}: {' '.join(hint.split())}")
     except (flags.Error, TypeError, ValueError) as error:

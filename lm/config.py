@@ -276,6 +276,9 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not hasattr(value, "__iter__"):
             raise UserError(f"config key {name}={value!r} must be a sequence")
+        of, *more = typing.get_args(hint)
+        if more == [...]:
+            return tuple(_coerce(f"{name}[{i}]", one, of) for i, one in enumerate(value))
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

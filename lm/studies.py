@@ -34,6 +34,7 @@ from lm.workdir import Workdir
 C = TypeVar("C", bound=Config)
 RUN = "run.json"  # of kept weights: the config of their run; config.json is that of the weights
 MADE = ("model", "data", "train", "optimizer")  # sections that make a model what it is
+MADE_OF_TASKS = (*MADE, "tasks")
 _SHARE = 0.35  # of a chip's peak that a plan counts on
 _FILE_BYTES = 15 << 20  # of weights in one file
 
@@ -129,7 +130,8 @@ def trained(
     """Whether the model is there, after training it with `call`, which works in `folder`, for what
     time is left.
 
-    made: the sections of the config that make it what it is.
+    made: the sections of the config that make it what it is, what is only asked of it
+      (`eval_...`) aside.
 
     Raises UserError where a model of another config is there, or for a model that no weights could
     be kept of, and OutOfTime as `call` does.
@@ -168,7 +170,7 @@ def _check(folder: pathlib.Path, config: Config, made: Sequence[str]) -> None:
     for section in made:
         for key, value in now[section].items():
             known = before[section].get(key)
-            if known != value:
+            if known != value and not key.startswith("eval_"):
                 raise UserError(
                     f"{folder} was trained with {section}.{key}={known}, the config says {value}: "
                     "take another --workdir"

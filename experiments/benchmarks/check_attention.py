@@ -21,6 +21,7 @@ from experiments import cli
 from experiments.benchmarks import recording
 from lm import tables
 from lm.benchmarks import attention_check
+from lm.errors import UserError
 from lm.progress import say
 
 IMPLEMENTATION = flags.DEFINE_list("implementation", ["xla"], "which to check")
@@ -35,6 +36,8 @@ OUT = flags.DEFINE_string("out", None, "directory for the rows and the table")
 def main() -> dict[str, object]:
     shapes = attention_check.SMALL_SHAPES if SMALL.value else attention_check.SHAPES
     began = time.monotonic()
+    if not any(IMPLEMENTATION.value) or not any(DTYPES.value):
+        raise UserError("--implementation and --dtypes: name some to check")
     folder = recording.folder_of(OUT.value)
     if folder:
         (folder / "attention_check.jsonl").write_text("")

@@ -18,6 +18,7 @@ from absl import flags
 
 from experiments import cli
 from lm.benchmarks import attention, tune
+from lm.benchmarks.attention_check import DTYPES
 from lm.benchmarks.attention_problem import parse_heads
 from lm.errors import UserError
 from lm.progress import say
@@ -25,7 +26,7 @@ from lm.progress import say
 IMPLEMENTATION = flags.DEFINE_list("implementation", list(tune.TUNABLES), "which to tune")
 PASSES = flags.DEFINE_list("passes", None, "some of the kernel's; default all")
 HEADS = flags.DEFINE_list("heads", ["16x16x64", "32x8x128", "8x4x256"], "one per head dim")
-DTYPE = flags.DEFINE_string("dtype", "bfloat16", "of q, k and v")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "of q, k and v")
 CASES = flags.DEFINE_list("cases", ["one_pass", "causal"], "masks")
 LENGTH = flags.DEFINE_integer("length", 16384, "rows and keys", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "directory for everything that was tried")

@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.long_context import flags as shared
 from lm import page, plots
 from lm.draft_inference import evaluate, explain
 from lm.draft_inference.config import DraftConfig
@@ -42,7 +43,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "at most", lower_bou
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
 )
-IMPLEMENTATION = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
 )
 
@@ -64,7 +65,7 @@ def main() -> dict[str, Any]:
     with Progress("explain", len(prompts)) as progress:
         for number, prompt in enumerate(prompts):
             one = explain.explain(
-                speaker, method, prompt, MAX_NEW_TOKENS.value, IMPLEMENTATION.value
+                speaker, method, prompt, MAX_NEW_TOKENS.value, shared.implementation()
             )
             folder.mkdir(parents=True, exist_ok=True)
             png = plots.png(explain.figure(one))

@@ -99,7 +99,7 @@ def _speculated(
         speaker.stop_ids,
         key,
         block=SPECULATE.value,
-        implementation=cli.FLAGS.implementation,
+        implementation=shared.implementation(),
         valid_vocab=speaker.valid_vocab,
     )
     print(speaker.tokenizer.decode(made.tokens, skip_special=True))
@@ -116,7 +116,7 @@ def _streamed(
 ) -> tuple[Generation, dict[str, Any]]:
     tokens, log_probs = [], []
     stream = Selective(speaker, policy).stream(
-        [prompt], sampling, key, implementation=cli.FLAGS.implementation
+        [prompt], sampling, key, implementation=shared.implementation()
     )
     shown, stopped, statistics = "", False, None
     for (piece,), found in stream:
@@ -153,7 +153,7 @@ def _dense(
         sampling,
         speaker.stop_ids,
         key,
-        implementation=cli.FLAGS.implementation,
+        implementation=shared.implementation(),
         valid_vocab=speaker.valid_vocab,
     )
     return {

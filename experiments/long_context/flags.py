@@ -33,6 +33,12 @@ def define_running(default: str = "the checkpoint's") -> None:
     flags.DEFINE_enum("implementation", None, list(IMPLEMENTATIONS), about)
 
 
+def implementation() -> str | None:
+    """That of --implementation, else of --config; None: for each op the first that serves."""
+    config = cli.FLAGS.config
+    return cli.FLAGS.implementation or (config and config.train.implementation) or None
+
+
 def define_questions() -> None:
     """What is asked: tasks by length, or a file."""
     flags.DEFINE_list("tasks", [], "default: tasks.names of the config")
@@ -138,7 +144,7 @@ def timing(config: Any, **others: Any) -> benchmark.Options:
         budget=flag.budget,
         new_tokens=flag.new_tokens,
         repeats=flag.repeats,
-        implementation=flag.implementation or config.train.implementation or None,
+        implementation=implementation(),
         seed=config.train.seed,
         **others,
     )

@@ -21,6 +21,7 @@ from lm.benchmarks import masks, timing
 from lm.benchmarks.attention_check import TOLERANCES
 from lm.benchmarks.attention_problem import Prepared, Problem, attempt, parse_heads, prepare_jax
 from lm.benchmarks.timing import Stopwatch
+from lm.config import require_positive
 from lm.errors import UserError
 from ops import dispatch
 from ops import sparse_attention as op
@@ -56,6 +57,8 @@ class Plan:
     def check(self) -> None:
         """Raises UserError for a name that does not exist."""
         parse_heads(self.heads)
+        for length in self.lengths:
+            require_positive("--lengths", length)
         if self.dtype not in TOLERANCES:
             raise UserError(f"type {self.dtype!r} is not one of {', '.join(TOLERANCES)}")
         ours = [f"{kind}:{name}" for kind in (SPARSE, DENSE) for name in dispatch.IMPLEMENTATIONS]

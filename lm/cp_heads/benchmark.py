@@ -18,7 +18,7 @@ import numpy as np
 
 from lm import hardware
 from lm.benchmarks.timing import Stopwatch
-from lm.config import ModelConfig, SamplingConfig, require_positive
+from lm.config import ModelConfig, SamplingConfig, require_at_least_zero, require_positive
 from lm.cp_heads import decode, draft, head
 from lm.cp_heads.drafters import Drafter, Target
 from lm.cp_heads.head import HeadConfig
@@ -52,8 +52,12 @@ class Options:
     seed: int = 0
 
     def __post_init__(self):
+        if not self.batches or not self.temperatures:
+            raise UserError("--batches and --temperatures: name one of each at least")
         for batch in self.batches:
             require_positive("--batches", batch)
+        for temperature in self.temperatures:
+            require_at_least_zero("--temperatures", temperature)
         for name in ("new_tokens", "groups", "repeats"):
             require_positive(f"--{name}", getattr(self, name))
         if self.new_tokens < 2:

@@ -12,6 +12,8 @@ The run starts from the draft (`init_from`) and is a draft like any other afterw
 
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -21,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import jobs, loop, losses, prompting, setup, sharding, train, transformer
+from lm import jobs, loop, losses, prompting, setup, sharding, train, transformer, tuned
 from lm.config import ModelConfig, SamplingConfig
 from lm.data import packing
 from lm.data.layout import Layout
@@ -34,6 +36,7 @@ from lm.progress import Progress, say
 from lm.prompting import Speaker
 from lm.workdir import Workdir
 
+LEARNT = "learnt.json"  # from which target and prompts
 _EDGES = 256  # whose laws over the vocabulary exist at a time
 _BATCH = 8  # prompts that the target answers at once
 
@@ -68,6 +71,7 @@ def run(
     if sharding.make(config.mesh, resolved.model) is not None:
         raise UserError("adapt runs on one device: leave config.mesh at 1")
     workdir.create(config)
+    _check(workdir, teacher, data, new_tokens, chat)
     layouts = _layouts(config, teacher, data, new_tokens, chat)
     made = job(resolved, teacher, layouts)
     result = loop.fit(made, workdir)
@@ -78,6 +82,31 @@ def run(
         "kl_after": found(result.state.params),
         "rows": len(layouts),
     }
+
+
+def _check(
+    workdir: Workdir, teacher: Speaker, data: pathlib.Path, new_tokens: int, chat: bool
+) -> None:
+    """Notes what the draft learns from. Raises UserError where the workdir has learnt from other
+    answers."""
+    try:
+        prompts = hashlib.sha256(data.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{data}: {error.strerror}") from None
+    now = {
+        "target": tuned.digest(teacher.params),
+        "prompts": prompts,
+        "new_tokens": new_tokens,
+        "chat": chat,
+    }
+    file = workdir.path / LEARNT
+    before = json.loads(file.read_text()) if file.exists() else now
+    changed = [name for name, value in now.items() if before.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{workdir.path} learnt from another {' and '.join(changed)}: use another workdir"
+        )
+    workdir.write(LEARNT, json.dumps(now) + "\n")
 
 
 def _layouts(

@@ -17,6 +17,7 @@ from lm import tables
 from lm.draft_inference import choice, comparison, draft, fidelity
 from lm.draft_inference.config import DraftConfig, DraftSettings
 from lm.draft_inference.draft import Drafter
+from lm.draft_inference.method import Drafted
 from lm.draft_inference.methods import Methods
 from lm.draft_inference.proposals import Opener
 from lm.errors import UserError
@@ -60,6 +61,11 @@ class Pair:
 
     judge: Judge
     draft: str  # as rows call it; "": none
+
+    def __post_init__(self) -> None:
+        if self.draft:
+            own = {"draft": self.draft}
+            self.judge.about = lambda policy: own if isinstance(policy, Drafted) else {}
 
 
 def opened(
@@ -197,17 +203,18 @@ def judged(
     rows = _rows(found)
     say("\n" + tables.text(tables.table(rows, columns=_SHOWN)))
     compared = comparisons(pairs, budgets, cells, found)
-    _keep(compared, pairs[0].judge.workdir)
+    _keep(compared, pairs)
     means = _means(pairs[0], budgets[0], cells[0], found[0])
     return {"rows": rows, "comparisons": compared, "draft": quality, **means}
 
 
-def _keep(compared: Sequence[dict[str, Any]], workdir: Workdir | None) -> None:
+def _keep(compared: Sequence[dict[str, Any]], pairs: Sequence[Pair]) -> None:
     """Appends comparisons, of all that was compared last: a later one takes the place of one with
     the same key."""
+    workdir, drafts = pairs[0].judge.workdir, ",".join(pair.draft for pair in pairs)
     for row in compared if workdir is not None else ():
         key = "{method} {against} {budget} {questions}".format_map(row)
-        workdir.append(ROWS, row | {"key": key})
+        workdir.append(ROWS, row | {"draft": drafts, "key": f"{key} {drafts}"})
 
 
 def _possible(judge: Judge, cells: Sequence[Cell], budgets: Sequence[Budget]) -> tuple[str, ...]:
@@ -308,7 +315,7 @@ def _fidelity(
                     questions,
                     budget,
                     options.batch_size,
-                    options.implementation,
+                    judge.implementation,
                 )
                 row = fidelity.row(made, questions, budget)
                 row |= {"draft": pair.draft, "checkpoint": judge.checkpoint, "key": key}

@@ -68,7 +68,8 @@ def _train(
         for stage, config in zip(training.STAGES, both, strict=True):
             name, folder = f"{stage}{number}", work.runs / f"pair{number}"
             call = functools.partial(training.run, *both, folder, (stage,))
-            if not studies.trained(work, name, config, call, folder / stage):
+            made = studies.MADE_OF_TASKS
+            if not studies.trained(work, name, config, call, folder / stage, made):
                 return None
             found[name] = studies.metrics(work, name)
     return {"training": found}

@@ -22,6 +22,7 @@ from lm.long_context import judge as judges
 from lm.long_context import trials
 from lm.long_context.options import Options as Asked
 from lm.long_context.policy import Method
+from lm.progress import say
 from lm.workdir import Workdir
 
 METHOD = "speckv"
@@ -34,7 +35,8 @@ class Options:
 
     drafts: checkpoints; () takes the config's.
     layers: also so many first layers of the target draft.
-    budgets: () tries shares of the shortest context, from a 64th to a half.
+    budgets: () tries shares of the shortest context, from a 64th to a half, as far as they can be
+      kept.
     windows, kernels: () takes the config's.
     data: prompts as for `evaluate`, or samples of its tasks; methods and budgets do not count.
     """
@@ -79,9 +81,18 @@ def run(
     def policy(one: DraftSettings) -> Method:
         return Methods(one, loaded.get(one.path)).build(METHOD, one.budget)
 
-    for group in candidates:
-        for one in group:
+    def fits(one: DraftSettings) -> bool:
+        try:
             policy(one).check(judge.speaker.model, None, shortest)
+        except UserError as error:
+            if options.budgets or one is candidates[0][0]:
+                raise
+            say(f"without a budget of {one.budget}: {error}")
+            return False
+        return True
+
+    candidates = [[one for one in group if fits(one)] for group in candidates]
+    candidates = [group for group in candidates if group]
     workdir.create(config)
     if not (workdir.path / "config.json").exists():  # a run keeps its own
         workdir.record(config)

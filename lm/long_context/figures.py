@@ -18,7 +18,7 @@ FILES = ("eval.jsonl", "benchmark.jsonl")
 _DENSE = "dense"
 _KEYS = (
     "kind", "method", "by", "stage", "mode", "shadow", "task", "length", "budget", "seed",
-    "tokens", "context", "batch", "layers", "prompt", "checkpoint", "device",
+    "tokens", "context", "batch", "layers", "prompt", "checkpoint", "device", "questions", "draft",
 )  # fmt: skip
 _BETWEEN = ("copy", "rest", "attention")  # not stages of one layer's step
 
@@ -48,20 +48,10 @@ def _rows(path: pathlib.Path) -> list[Row]:
 def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """Every figure that the rows allow, by name."""
     found: dict[str, Figure] = {}
-    scored = [row for row in rows if "task" in row and row.get("accuracy") is not None]
-    for length in sorted({row["length"] for row in scored}):
-        here = [row for row in scored if row["length"] == length]
-        lines = accuracy_by_budget(here)
-        if lines:
-            dense = _mean([row for row in here if row["method"] == _DENSE])
-            found[f"accuracy_by_budget_{length}"] = plots.by_size(
-                lines,
-                f"tokens that a step reads, of {length:,}",
-                "accuracy (95 % interval)",
-                {} if dense is None else {_DENSE: dense[0]},
-            )
-    if scored:
-        found["accuracy_by_task"] = plots.rates(accuracy_by_task(scored), "accuracy")
+    whole = [row for row in rows if "task" in row and row.get("accuracy") is not None]
+    for kind, scored in _by_question(_by_draft(whole)).items():
+        apart = "_agnostic" if kind == "agnostic" else ""  # the choice is made without the question
+        found |= {f"{name}{apart}": one for name, one in _accuracy(scored).items()}
     for mode in ("decode", "chunk"):
         shown = stages([row for row in rows if row.get("mode") == mode])
         if shown:
@@ -81,6 +71,46 @@ def draw(rows: Sequence[Row]) -> dict[str, Figure]:
             ylabel = f"{label}, batch {_batch(rows)}"
             found[name] = plots.by_size(lines, "tokens of the prompt", ylabel, log=True)
     return found
+
+
+def _accuracy(scored: Sequence[Row]) -> dict[str, Figure]:
+    found: dict[str, Figure] = {}
+    for length in sorted({row["length"] for row in scored}):
+        here = [row for row in scored if row["length"] == length]
+        lines = accuracy_by_budget(here)
+        if lines:
+            dense = _mean([row for row in here if row["method"] == _DENSE])
+            found[f"accuracy_by_budget_{length}"] = plots.by_size(
+                lines,
+                f"tokens that a step reads, of {length:,}",
+                "accuracy (95 % interval)",
+                {} if dense is None else {_DENSE: dense[0]},
+            )
+    if scored:
+        found["accuracy_by_task"] = plots.rates(accuracy_by_task(scored), "accuracy")
+    return found
+
+
+def _by_question(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows whose method chose with the question before it, and those whose did not."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.get("questions") or "aware", []).append(row)
+    return groups
+
+
+def _by_draft(rows: Sequence[Row]) -> list[Row]:
+    """The rows, methods called after their draft too where a checkpoint was judged with several."""
+    drafts: dict[tuple[Any, Any], set[str]] = {}
+    for row in rows:
+        drafts.setdefault((row.get("checkpoint"), row["method"]), set()).add(row.get("draft"))
+    several = {method for (_, method), known in drafts.items() if len(known) > 1}
+    return [
+        {**row, "method": f"{row['method']} {pathlib.PurePath(row.get('draft') or '').name}"}
+        if row["method"] in several - {_DENSE}
+        else row
+        for row in rows
+    ]
 
 
 def _batch(rows: Sequence[Row]) -> int:

@@ -99,6 +99,9 @@ class Judge:
         chat: bool = False,
         workdir: Workdir | None = None,
     ):
+        # further fields of a method's rows: what else than the checkpoint was judged
+        self.about: Callable[[Method], Mapping[str, Any]] = lambda _: {}
+        self.implementation = options.implementation or config.train.implementation or None
         self.config, self.options, self.speaker = config, options, speaker
         self.checkpoint, self.chat, self.workdir = checkpoint, chat, workdir
         self.hashes = tuned.hashes(speaker.params, speaker.tokenizer, speaker.template)
@@ -193,7 +196,7 @@ class Judge:
                 "method": [name, repr(policy)],
                 "hashes": self.hashes,
                 "dtype": self.speaker.model.dtype,
-                "implementation": options.implementation,
+                "implementation": self.implementation,
                 "batch": options.batch_size if self.timed else 0,
                 "timed": self.timed,
             }
@@ -284,6 +287,7 @@ class Judge:
             "seed": questions.seed,
             "questions": QUESTIONS[bool(questions.contexts)],
             "checkpoint": self.checkpoint,
+            **self.about(asked.policy),
             "implementations": dispatch.served(),
             **provenance(),
             "key": asked.key,
@@ -311,7 +315,7 @@ class Judge:
                 policy,
                 speaker.stop_ids,
                 jax.random.key(0),
-                implementation=self.options.implementation,
+                implementation=self.implementation,
                 valid_vocab=speaker.valid_vocab,
                 capacity=capacity,
                 indices=numbers,
@@ -330,7 +334,7 @@ class Judge:
             speaker.model,
             sampling,
             policy,
-            implementation=self.options.implementation,
+            implementation=self.implementation,
             valid_vocab=speaker.valid_vocab,
         )
         prompts = questions.prompts[: self.options.batch_size]

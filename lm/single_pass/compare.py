@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import jobs, loop, losses, setup, sharding, train
-from lm.config import Config
+from lm.config import Config, require_positive
 from lm.data import packing
 from lm.errors import UserError
 from lm.progress import say
@@ -47,6 +47,7 @@ def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str
     modes = [str(layouts.parse_mode(mode)) for mode in options.modes]
     if len(set(modes)) < 2:
         raise UserError("--modes needs at least two different ones, such as tree,n_pass")
+    require_positive("train.epochs", config.train.epochs)
     workdir.create(config)
     workdir.record(config)
     resolved = setup.resolve(config, workdir.path / "tokenizer")

@@ -179,4 +179,4 @@ def save_picture(layout: Layout, path: str | pathlib.Path, title: str = "") -> N
     )
     scale = "" if block == 1 else f", {block} x {block} pairs per point"
     axes.set_title("\n".join(filter(None, (title, what + scale))), fontsize=9)
-    canvas.savefig(path)
+    canvas.savefig(path, format="png")

@@ -66,7 +66,7 @@ def run(
 def _train(config: TokenSelectConfig, work: Study) -> dict[str, Any] | None:
     folder = work.runs / _MODEL
     call = functools.partial(training.run, config, Workdir(folder))
-    if not studies.trained(work, _MODEL, config, call, folder):
+    if not studies.trained(work, _MODEL, config, call, folder, studies.MADE_OF_TASKS):
         return None
     return {"training": studies.metrics(work, _MODEL)}
 

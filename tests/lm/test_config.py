@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs freeze into dataclasses; what does not belong raises one clear line."""
 
+import math
+
 import pytest
 
 from configs import cp_heads, draft_inference, single_pass
-from lm.config import Config, ModelConfig, freeze, to_dict
+from lm.config import Config, ModelConfig, SamplingConfig, freeze, to_dict
 from lm.cp_heads.config import CpConfig
 from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
+from lm.long_context.config import TasksConfig
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,16 @@ def test_bad_values_raise_one_line(values, message):
     with pytest.raises(UserError, match=message) as caught:
         freeze(values)
     assert "\n" not in str(caught.value)
+
+
+def test_what_lists_hold_is_checked():
+    assert freeze({"eval_lengths": [8, 16]}, TasksConfig).eval_lengths == (8, 16)
+    with pytest.raises(UserError, match=r"eval_lengths\[1\]='x' must be of type int"):
+        freeze({"eval_lengths": [8, "x"]}, TasksConfig)
+    with pytest.raises(UserError, match="temperature=nan must be finite"):
+        SamplingConfig(temperature=math.nan)
+    with pytest.raises(UserError, match="temperature=inf must be finite"):
+        SamplingConfig(temperature=math.inf)
 
 
 def test_numbers_and_nested_options():

@@ -2,6 +2,7 @@
 """The distillation loss against its formula, row by row; and the search of `tune`."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from lm.draft_inference import adapt, tune
 from lm.draft_inference.config import DraftConfig, DraftSettings
 from lm.errors import UserError
 from lm.long_context import exact, rows
+from lm.workdir import Workdir
 from ops.visibility import Visibility
 from tests.lm.long_context.small import MODEL
 
@@ -55,6 +57,23 @@ def test_the_loss_is_the_weighted_divergence():
     np.testing.assert_allclose(value, each @ weights, rtol=1e-4)
     np.testing.assert_allclose(sums["weight"], weights.sum(), rtol=1e-6)
     assert all(np.any(np.asarray(x)) for x in jax.tree.leaves(gradient))
+
+
+def test_answers_of_others_are_not_learnt(tmp_path):
+    speaker = SimpleNamespace(params=exact.random_params(MODEL, 1))
+    other = SimpleNamespace(params=exact.random_params(MODEL, 2))
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    place = Workdir(tmp_path)
+    adapt._check(place, speaker, tmp_path / "a", 8, False)
+    adapt._check(place, speaker, tmp_path / "a", 8, False)
+    for given, names in (
+        ((speaker, tmp_path / "b", 8, False), "prompts"),
+        ((other, tmp_path / "a", 8, False), "target"),
+        ((speaker, tmp_path / "a", 9, True), "new_tokens and chat"),
+    ):
+        with pytest.raises(UserError, match=f"learnt from another {names}: use another"):
+            adapt._check(place, *given)
 
 
 def test_tune_takes_the_smallest_budget_then_the_smallest_draft():

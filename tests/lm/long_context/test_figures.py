@@ -74,6 +74,16 @@ def test_every_kind_of_rows_has_its_figures(tmp_path, rows, names):
     assert len(paths) == len(names)
 
 
+def test_drafts_of_one_checkpoint_are_told_apart():
+    rows = [
+        answered("a", "speckv", 32, accuracy) | {"draft": f"runs/{draft}", "checkpoint": target}
+        for target, draft, accuracy in (("t", "x", 0.5), ("t", "y", 1.0))
+    ]
+    assert [row["method"] for row in figures._by_draft(rows)] == ["speckv x", "speckv y"]
+    pairs = [rows[0], rows[1] | {"checkpoint": "u"}]  # a pair each: to be averaged
+    assert {row["method"] for row in figures._by_draft(pairs)} == {"speckv"}
+
+
 def test_gather_takes_the_last_of_a_setting(tmp_path):
     repeated = answered("a", "token_select", 32, 0.75)
     lines = [json.dumps(row) for row in (*ANSWERS, repeated)]
@@ -82,6 +92,14 @@ def test_gather_takes_the_last_of_a_setting(tmp_path):
     assert len(rows) == len(ANSWERS)
     assert repeated in rows
     assert figures.gather([tmp_path / "eval.jsonl"]) == rows
+    apart = [row | {"questions": "agnostic", "draft": "x"} for row in ANSWERS]
+    aware = [row | {"questions": "aware"} for row in ANSWERS]
+    lines = [json.dumps(row) for row in (*aware, *apart)]
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines))
+    assert len(figures.gather([tmp_path])) == 2 * len(ANSWERS)
+    kinds = {"accuracy_by_budget_256", "accuracy_by_task"}
+    both = kinds | {f"{name}_agnostic" for name in kinds}
+    assert figures.draw([*aware, *apart]).keys() == both
     (tmp_path / "eval.jsonl").write_text("")
     with pytest.raises(UserError, match="no row to draw"):
         figures.gather([tmp_path])
