@@ -29,6 +29,7 @@ Continue = Callable[
     [Sequence[np.ndarray], int, int, Sequence[int]], tuple[list[Generation], np.ndarray]
 ]
 _SLACK = 8  # tokens by which a template's own may vary from one message to another
+_MARK = "\ufdd0"  # no character of any text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -124,13 +125,16 @@ def of_longbench(
     found = []
     for name in dict.fromkeys(record.dataset for record in records):
         own = [record for record in records if record.dataset == name]
-        parts = [(record.context, record.question, "") for record in own]
-        prompts, contexts = _apart(speaker, parts, chat)
+        if apart:
+            parts = [(record.context, record.question, "") for record in own]
+            prompts, contexts = _apart(speaker, parts, chat)
+        else:
+            prompts = tuple(speaker.prompt(x.context + x.question, chat=chat) for x in own)
+            contexts = ()
         new_tokens = longbench.of(name).new_tokens
         length = capacity or max(len(prompt) for prompt in prompts) + new_tokens
         outputs = tuple(record.answers for record in own)
         score = functools.partial(longbench.score, name, own[0].classes)
-        contexts = contexts if apart else ()
         found.append(Questions(name, length, new_tokens, prompts, outputs, score, 0, contexts))
         _check(found[-1])
     return found
@@ -144,7 +148,11 @@ def _apart(
     prompts, contexts = [], []
     for context, question, prefix in parts:
         opened = speaker.rendered(context + question, chat=chat) + prefix
-        end = opened.index(context) + len(context)
+        # not where the context stands in it: templates trim what they are given, and write words
+        # that a short one may be
+        marked = speaker.rendered(context + _MARK + question, chat=chat)
+        pairs = enumerate(zip(opened, marked, strict=False))
+        end = next((i for i, (one, other) in pairs if one != other), len(opened))
         first, rest = (speaker.tokenizer.encode(x) for x in (opened[:end], opened[end:]))
         prompts.append(np.concatenate([first, rest]).astype(np.int32))
         contexts.append(len(first))

@@ -63,6 +63,8 @@ class Options:
                 require_positive(f"--{name}", value)
         for name in ("new_tokens", "repeats"):
             require_positive(f"--{name}", getattr(self, name))
+        if self.budget is not None:
+            require_positive("--budget", self.budget)
 
     @property
     def draws(self) -> int:
@@ -75,7 +77,8 @@ class Options:
         found = {}
         own = [name for name in methods.usual if name != DENSE][:1]
         for name in self.methods or (DENSE, *own):
-            budget = None if name == DENSE else self.budget or methods.budget
+            budget = methods.budget if self.budget is None else self.budget
+            budget = None if name == DENSE else budget
             if budget is not None and budget > min(self.contexts):
                 raise UserError(
                     f"a budget of {budget} tokens is above the context of {min(self.contexts)}"

@@ -77,8 +77,8 @@ class Statistics:
     guard: dict[str, np.ndarray]  # [B] each: `guard.Report`; empty without a guard
 
     def summary(self, policy: Method) -> dict[str, Any]:
-        """`tokens_read` (mean per step and layer, None without a step), what the policy and the
-        guard have to say."""
+        """`tokens_read` (mean per step and layer, None without a step; a guard's dense steps count
+        where their result is used), what the policy and the guard have to say."""
         steps = int(self.steps.sum())
         reads = float(self.reads.sum()) / (steps * len(self.reads)) if steps else None
         found = {"tokens_read": reads, **policy.summarize(self.policy)}
@@ -355,7 +355,10 @@ def advance(
                 step=state.step,
                 active=active,
             )
-            held = held._replace(buffers=buffers)
+            # what is decoded densely reads everything, beside what was selected in vain
+            dense = report.dense_steps - state.guard.dense_steps
+            reads = held.reads + (dense * (starts + 1)).astype(jnp.float32)[None]
+            held = held._replace(buffers=buffers, reads=reads)
         state = dataclasses.replace(
             state,
             cache=dataclasses.replace(

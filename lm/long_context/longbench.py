@@ -8,14 +8,15 @@ A line is a JSON object with `context`, `input` (the question), `answers`, `data
 |---|---|---|
 | qa | questions | F1 of words (SQuAD, arXiv 1606.05250) |
 | summary | summaries | ROUGE-L (Lin, 2004): F1 of the longest common subsequence of words |
-| class | trec | 1 / classes that the text names, if the right one is among them |
+| class | trec, lsht | 1 / classes that the text names, if the right one is among them |
 | code | lcc, repobench-p | edit similarity: 2 LCS / (characters of both), of a line |
 | number | counts, retrieval | of the numbers in the text, the share that is right |
 
 The published prompts differ by dataset; these are plain ones of our own by kind, so scores compare
 methods with each other and not with published tables. `templates` takes others, such as the
 published dataset2prompt.json. Deviates: ROUGE-L is of the whole text, where the package that was
-used for the tables joins sentences.
+used for the tables joins sentences. What is scored by Chinese words (dureader, multifieldqa_zh,
+vcsum) is refused: to tell them apart takes jieba, which is no dependency.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import pathlib
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,14 @@ DATASETS = {
     "multi_news": Dataset("summary", 512),
     "samsum": Dataset("summary", 128, first_line=True),
     "trec": Dataset("class", first_line=True),
+    "lsht": Dataset("class", first_line=True),
     "passage_count": Dataset("number", 32),
     "passage_retrieval_en": Dataset("number", 32),
+    "passage_retrieval_zh": Dataset("number", 32),
     "lcc": Dataset("code"),
     "repobench-p": Dataset("code"),
 }
+_SEGMENTED = ("dureader", "multifieldqa_zh", "vcsum")  # published, without a scorer here
 _PROMPTS = {
     "qa": "{context}\n\nAnswer from the text above, as briefly as you can.\n{input}\nAnswer:",
     "summary": "{context}\n\nSummarise the text above. {input}\nSummary:",
@@ -97,7 +101,8 @@ def is_file(path: pathlib.Path) -> bool:
 def read(path: pathlib.Path, templates: Mapping[str, str] | None = None) -> list[Record]:
     """The records of a file; templates: of prompts, by dataset, with {context} and {input}.
 
-    Raises UserError when it cannot be read, DataError for another kind of line.
+    Raises UserError when it cannot be read, for templates that no record takes and for datasets
+    without a scorer, DataError for another kind of line.
     """
     try:
         # not splitlines: JSON may hold other characters that end lines
@@ -113,7 +118,25 @@ def read(path: pathlib.Path, templates: Mapping[str, str] | None = None) -> list
         except ValueError:
             raise DataError(str(path), number, "not a JSON object") from None
         found.append(_record(path, number, fields, templates or {}))
+    _check_templates(templates or {}, {record.dataset for record in found})
     return found
+
+
+def _check_templates(templates: Mapping[str, str], names: Collection[str]) -> None:
+    """Raises UserError. A table may be of all that was published, of which a file holds a part."""
+    used = {_template_of(name, templates) for name in names} & templates.keys()
+    fine = {name for name in templates if name.removesuffix("_e") in (*DATASETS, *_SEGMENTED)}
+    unused = [name for name in templates if not used or name not in used | fine]
+    if unused:
+        raise UserError(
+            f"no record takes the templates of {', '.join(unused)}: the file's datasets are "
+            + ", ".join(sorted(names))
+        )
+
+
+def _template_of(name: str, templates: Mapping[str, str]) -> str:
+    """Under which name a dataset's template stands."""
+    return name if name in templates else name.removesuffix("_e")
 
 
 def _record(path: pathlib.Path, number: int, fields: Any, templates: Mapping[str, str]) -> Record:
@@ -130,7 +153,12 @@ def _record(path: pathlib.Path, number: int, fields: Any, templates: Mapping[str
             raise DataError(str(path), number, "'answers' and 'all_classes' must be lists of texts")
     if not answers:
         raise DataError(str(path), number, "'answers' is empty")
-    template = templates.get(name, _PROMPTS[of(name).kind])
+    if name.removesuffix("_e") in _SEGMENTED:
+        raise UserError(
+            f"{path}: {name} is scored by Chinese words, and jieba, which tells them apart, is no "
+            "dependency: leave its records out"
+        )
+    template = templates.get(_template_of(name, templates), _PROMPTS[of(name).kind])
     before, mark, after = template.partition("{context}")
     if not mark or "{input}" in before:
         raise UserError(f"the template of {name} must have {{context}}, and {{input}} after it")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 _INTEGER = re.compile(r"[0-9]+")
-_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 def fraction_found(prediction: str, outputs: Sequence[str]) -> float:
@@ -30,7 +30,7 @@ def among_words(prediction: str, outputs: Sequence[str]) -> float:
 
 
 def first_number(prediction: str, outputs: Sequence[str]) -> float:
-    """Math.Find: the first number equals the answer."""
+    """Math.Find: the first number equals the answer; a sign is no part of it."""
     found = _NUMBER.search(prediction)
     return float(found is not None and float(found.group()) == float(outputs[0]))
 

@@ -127,6 +127,8 @@ class TokenSelect(Policy):
                 **state,
                 **{k: reuse.choose(active & ~hit, x, state[k]) for k, x in new.items()},
             }
+        # a selection of fewer than n_init tokens is kept while the first ones grow over its tail
+        tail = jnp.maximum(tail, begin)
         size = min(config.budget + config.slack, view.capacity)
         read = lists.listed(begin, top.indices, top.counts, tail, view.total, size)
         return Read(*read), state

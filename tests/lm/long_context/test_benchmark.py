@@ -56,6 +56,7 @@ def test_layers_that_fit_is_what_the_arrays_take():
     [
         ({"contexts": (40, 17)}, "a budget of 18 tokens is above the context of 17"),
         ({"contexts": (40,), "budget": 41}, "a budget of 41 tokens is above the context of 40"),
+        ({"budget": 0}, "--budget=0 must be at least 1"),
         ({"methods": ("h2o",), "filled": True}, "h2o learns from the prompt"),
         ({"methods": ("sparse",)}, "unknown method 'sparse'"),
         ({"batch_sizes": (0,)}, "--batch_sizes=0 must be"),

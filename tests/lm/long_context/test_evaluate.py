@@ -12,6 +12,7 @@ from lm.errors import DataError, UserError
 from lm.long_context import asking, decode, evaluate, tasks
 from lm.long_context.judge import Judge
 from lm.long_context.options import Budget, Options
+from lm.text import chat
 from lm.token_select.methods import Methods
 from lm.workdir import Workdir
 from tests.lm.long_context import judged, small
@@ -132,6 +133,39 @@ def test_a_token_that_opens_plain_text_is_counted(speaker):
         assert speaker.tokenizer.decode(prompts[0][:1]) == speaker.tokenizer.bos
         longest.append(len(prompts[0]) + task.new_tokens - length)
     assert max(longest) == 0  # some fill their length
+
+
+CODE = "    def f(x):\n        return x\n"
+
+
+@pytest.mark.parametrize(
+    ("context", "question", "kept"),
+    [
+        (CODE, "", CODE.strip()),  # trimmed at both ends
+        (CODE, "Why?", CODE.lstrip()),
+        ("user", "?", "user"),  # what the template writes itself
+        ("", "Why?", ""),
+    ],
+)
+def test_a_template_may_trim_a_context_and_hold_its_words(
+    speaker, tmp_path, context, question, kept
+):
+    tokenizer = speaker.tokenizer
+    llama = chat.load_template("llama3", tokenizer)
+    speaker = dataclasses.replace(speaker, template=llama)
+    fields = {"context": context, "input": question, "answers": ["y = 1"], "dataset": "lcc"}
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(fields))
+    opened = speaker.rendered(context + question, chat=True)
+    before = opened.index("<|end_header_id|>\n\n", opened.index("user")) + 19
+    for apart in (False, True):
+        (made,) = asking.of_longbench(speaker, path, chat=True, apart=apart)
+        assert tokenizer.decode(made.prompts[0]) == opened
+        if apart:
+            first = tokenizer.decode(made.prompts[0][: made.contexts[0]])
+            assert first == opened[:before] + kept
+        else:
+            assert made.contexts == ()
 
 
 def test_one_program_serves_all_batches(speaker):

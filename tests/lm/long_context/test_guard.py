@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 
 from lm.token_select.method import TokenSelect
-from tests.lm.long_context.small import assert_same, dense, run
+from tests.lm.long_context.small import LENGTHS, MODEL, assert_same, dense, run
 from tests.lm.token_select.small import SELECT
 
 # the prompt is read whole, so a step's dense twin is plain generation
@@ -26,6 +26,7 @@ def test_reports_change_nothing():
     summary = statistics.summary(policy)["guard"]
     assert summary["checks"] == 12
     assert summary["dense_steps"] == 0
+    assert statistics.reads.max() <= 11 * SELECT.budget  # checks alone are not what decoding takes
 
 
 def test_falling_back_at_every_step_is_plain_generation():
@@ -40,3 +41,8 @@ def test_falling_back_at_every_step_is_plain_generation():
     assert all(a.tokens[1] == b.tokens[1] for a, b in zip(got, dense(), strict=True))
     assert all(np.array(same)[agreed])
     assert sum(same) >= 2
+    for b in np.flatnonzero(agreed):  # dense at every step, each after a selected one
+        totals = range(LENGTHS[b] + 1, LENGTHS[b] + 12)
+        taken = sum(totals) + sum(min(n, PLAIN.budget) for n in totals)
+        assert statistics.reads[:, b].tolist() == [taken] * MODEL.num_layers
+    assert statistics.summary(policy)["tokens_read"] > PLAIN.budget

@@ -57,6 +57,8 @@ def test_a_dataset_decides_the_scorer_and_the_best_reference_counts():
     assert score("qasper", (), "\nred\nblue", ["red"]) < 1
     assert score("trec", ("Date", "City"), "Date\nCity", ["Date"]) == 1
     assert score("lcc_e", (), "x = 1", ["x = 1"]) == 1
+    assert score("lsht", ("体育", "军事、国防"), "\n体育\n军事、国防", ["体育"]) == 1
+    assert score("passage_retrieval_zh", (), "段落12，不是3", ["段落12"]) == 0.5
 
 
 def test_files(tmp_path):
@@ -76,3 +78,35 @@ def test_files(tmp_path):
     path.write_text(json.dumps({"prompt": "mine"}))
     assert not longbench.is_file(path)
     assert not longbench.is_file(tmp_path / "none")
+
+
+def test_templates_are_looked_up_as_datasets_are(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    line = {"context": "C", "input": "Q", "answers": ["A"], "dataset": "trec_e"}
+    path.write_text(json.dumps(line))
+
+    def asked(templates):
+        (record,) = longbench.read(path, templates)
+        return record.context + record.question
+
+    plain, own = "Read {context}! {input}?", "Own {context}: {input}"
+    assert asked({"trec": plain}) == "Read C! Q?"
+    assert asked({"trec": plain, "trec_e": own}) == "Own C: Q"
+    # a table of all published prompts serves a file of one dataset
+    assert asked({"trec": plain, "lcc": own, "vcsum": own}) == "Read C! Q?"
+    for templates, names in (
+        ({"lcc": own}, "lcc"),
+        ({"trec": plain, "trek": own}, "trek"),
+        ({"TREC": own, "trec_en": own}, "TREC, trec_en"),
+    ):
+        message = f"no record takes the templates of {names}: the file's datasets are trec_e"
+        with pytest.raises(UserError, match=message):
+            longbench.read(path, templates)
+
+
+@pytest.mark.parametrize("name", ["dureader", "multifieldqa_zh", "vcsum", "vcsum_e"])
+def test_what_is_scored_by_chinese_words_is_refused(tmp_path, name):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(json.dumps({"context": "C", "answers": ["A"]}))
+    with pytest.raises(UserError, match=f"{name} is scored by Chinese words, and jieba"):
+        longbench.read(path)

@@ -54,7 +54,17 @@ def test_among_words(prediction, score):
 
 @pytest.mark.parametrize(
     ("prediction", "score"),
-    [(" 17", 1.0), ("17.0 or 18", 1.0), ("It is 17.", 1.0), ("-17", 0.0), ("7", 0.0), ("x", 0.0)],
+    [
+        (" 17", 1.0),
+        ("17.0 or 18", 1.0),
+        ("It is 17.", 1.0),
+        ("- 17", 1.0),
+        ("-17", 1.0),  # digits alone: the published rule
+        ("1-17", 0.0),
+        ("17.5", 0.0),
+        ("7", 0.0),
+        ("x", 0.0),
+    ],
 )
 def test_first_number(prediction, score):
     assert scoring.first_number(prediction, ("17",)) == score

@@ -112,6 +112,17 @@ def test_selections_are_kept_while_queries_stay_alike(monkeypatch):
     np.testing.assert_allclose(summary["query_similarity"], np.mean(cosines), rtol=1e-5)
 
 
+def test_no_slot_is_read_twice_before_there_are_n_init_tokens(monkeypatch):
+    """What a selection found of a short context grows into the first tokens."""
+    layer = Layer(monkeypatch, TokenSelect(dataclasses.replace(CONFIG, n_init=16)))
+    q = np.random.default_rng(1).normal(size=(2, N, H))
+    for grown in range(3):
+        read, scored = layer.step(q, [10 + grown, 15 + grown])
+        assert read == [list(range(10 + grown)), list(range(15 + grown))]
+        assert scored == 0
+    assert np.asarray(layer.state["hits"]).tolist() == [2, 2]
+
+
 def test_a_sequence_that_is_done_neither_scores_nor_changes(monkeypatch):
     layer = Layer(monkeypatch)
     q = np.random.default_rng(1).normal(size=(2, N, H))

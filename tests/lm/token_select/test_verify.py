@@ -31,6 +31,15 @@ def test_nothing_is_wrong(found):
     assert found.overlaps == {"xla": 1.0}
     assert 0.5 < found.shadow_overlap <= 1
     assert found.problems(tolerance=1e-9)  # they are measured, not assumed
+    assert "exceeds 0" in found.problems(tolerance=0)[0]
+
+
+def test_a_selection_that_is_kept_while_a_text_grows_to_n_init_is_dense_attention():
+    config = dataclasses.replace(SELECT, n_init=6)
+    texts = verify.random_texts(MODEL, config, STEPS, None, 1)[-1:]
+    assert len(texts[0]) > config.n_init
+    found = verify.verify(MODEL, params(), config, texts=texts, steps=STEPS)
+    assert found.dense_error < 1e-5
 
 
 def test_a_prompt_that_loses_a_token_is_found(monkeypatch):
