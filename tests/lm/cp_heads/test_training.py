@@ -196,6 +196,11 @@ def test_a_run_goes_on_bit_for_bit(heads, tmp_path):
     assert same
     rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    (kept,) = (json.loads(file.read_text()) for file in (copy / "checkpoints/2/meta").iterdir()
+               if file.is_file() and file.name == "metadata")  # fmt: skip
+    assert 0 < kept["seconds"] < again.seconds  # those of the first process count
+    finished = run(Workdir(copy).config(CpConfig), copy)
+    assert kept["seconds"] < finished.seconds <= again.seconds
     wanted = {"head", "head_1", "head_2", "gate_effective", "gate_largest", "posterior_entropy"}
     assert wanted <= rows[-1].keys()
 

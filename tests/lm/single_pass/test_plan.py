@@ -134,6 +134,20 @@ def test_a_mode_that_refuses_the_data_is_null_with_its_reason():
     assert len(edges) == 1
 
 
+def test_a_mode_that_refuses_what_was_cut_is_null_too():
+    """Turns whose context was cut from the left no longer go on with each other."""
+    tokenizer = tokenizers.load_tokenizer("bytes")
+    template = chat.load_template("chatml", tokenizer)
+    model = ModelConfig(vocab_size=300)
+    groups = [samples_of(c, template, tokenizer) for n, c in ALL.items() if n not in OTHERS]
+    modes, reasons = ("tree", "paper"), set()
+    for group in groups:
+        result = plan.plan([group], model, modes, seq_len=150, overlong="truncate")
+        assert result["modes"]["tree"]
+        reasons |= {result["refused"].get("paper", "")}
+    assert any("does not go on with the prompt" in reason for reason in reasons)
+
+
 def test_what_does_not_fit_is_counted_per_mode():
     groups = [conversation(4, seed=seed) for seed in range(3)]
     result = plan.plan(groups, LLAMA_1B, ("tree",), seq_len=1000, window=4)["modes"]
