@@ -106,7 +106,7 @@ def _by_draft(rows: Sequence[Row]) -> list[Row]:
         drafts.setdefault((row.get("checkpoint"), row["method"]), set()).add(row.get("draft"))
     several = {method for (_, method), known in drafts.items() if len(known) > 1}
     return [
-        {**row, "method": f"{row['method']} {pathlib.PurePath(row.get('draft') or '').name}"}
+        {**row, "method": f"{row['method']} {pathlib.PurePath(row.get('draft') or '?').name}"}
         if row["method"] in several - {_DENSE}
         else row
         for row in rows
