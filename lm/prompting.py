@@ -158,16 +158,21 @@ def _fields(path: pathlib.Path) -> Mapping[str, Any]:
     return fields
 
 
+def read_lines(path: pathlib.Path) -> list[str]:
+    """The lines of a text file. Raises UserError when it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return text.split("\n")  # not splitlines: JSON may hold other characters that end lines
+
+
 def read_prompts(path: pathlib.Path) -> list[str]:
     """A prompt per line that is not blank: as it is, or under "prompt" of a JSON object.
 
     Raises UserError when the file cannot be read or has none, DataError for a JSON object without.
     """
-    try:
-        # not splitlines: JSON may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    lines = read_lines(path)
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

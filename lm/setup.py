@@ -9,7 +9,7 @@ import json
 import operator
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -63,8 +63,8 @@ def resolve(config: Config, tokenizer_dir: pathlib.Path | None = None) -> Setup:
     model, spec, valid = config.model, config.data.tokenizer, None
     if config.init_from:
         before = pathlib.Path(config.init_from)
-        model, valid = _model_of(before, config.model)
-        spec = _spec_of(before) if spec == "auto" else spec
+        model, own, valid = _model_of(before, config.model)
+        spec = own if spec == "auto" else spec
     tokenizer = _tokenizer(config, "bytes" if spec == "auto" else spec, tokenizer_dir)
     if not model.vocab_size:
         padded = -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
@@ -185,11 +185,24 @@ def conversations(data: DataConfig, split: str = "train") -> Sequence[Conversati
     return First(source, limit)
 
 
-def split_of(trained: DataConfig, wanted: DataConfig) -> tuple[str, DataConfig]:
-    """What a run that was trained on one source may be asked of another: ("all", as wanted), or
-    ("validation", split as it was in training) where they are the same."""
-    if _place(trained.source) != _place(wanted.source):
+def split_of(trained: Iterable[DataConfig], wanted: DataConfig) -> tuple[str, DataConfig]:
+    """What runs may be asked of a source: ("all", as wanted), or ("validation", split as it was in
+    training) where any of them was trained on it.
+
+    Raises UserError where they held out different parts of it.
+    """
+    place = _place(wanted.source)
+    found = [_split_as(one, wanted) for one in trained if _place(one.source) == place]
+    if not found:
         return "all", wanted
+    if any(one != found[0] for one in found):
+        raise UserError(
+            f"the runs held out different parts of {wanted.source}: evaluate each alone"
+        )
+    return "validation", found[0]
+
+
+def _split_as(trained: DataConfig, wanted: DataConfig) -> DataConfig:
     kind = wanted.source.partition(":")[0]
     names = {"arithmetic": (), "gsm8k": ("validation_fraction", "seed", "max_turns")}
     own = {
@@ -199,7 +212,7 @@ def split_of(trained: DataConfig, wanted: DataConfig) -> tuple[str, DataConfig]:
     }
     for name, value in own.items():
         say(f"data.{name} is {value!r}, as in training: it decides what was held out")
-    return "validation", dataclasses.replace(wanted, **own)
+    return dataclasses.replace(wanted, **own)
 
 
 def _place(source: str) -> tuple[str, str]:
@@ -259,27 +272,18 @@ def is_hf(path: pathlib.Path) -> bool:
     return "architectures" in fields or "model_type" in fields
 
 
-def _model_of(path: pathlib.Path, wanted: ModelConfig) -> tuple[ModelConfig, int | None]:
-    """The model of a checkpoint with this config's dtype and adapters, and how many of its tokens
-    are real where its table was padded here."""
+def _model_of(path: pathlib.Path, wanted: ModelConfig) -> tuple[ModelConfig, str, int | None]:
+    """The model of a checkpoint with this config's dtype and adapters, its tokenizer's spec, and
+    how many of its tokens are real where its table was padded here."""
     if is_hf(path):
-        model, valid = weights.read_config(path), None
+        model, spec, valid = weights.read_config(path), str(path), None
     else:
         own = resolve(Workdir(path).config(), path / "tokenizer")
-        model, valid = own.model, own.valid_vocab
-    return dataclasses.replace(model, dtype=wanted.dtype, lora=wanted.lora), valid
-
-
-def _spec_of(path: pathlib.Path) -> str:
-    """The tokenizer of a checkpoint, which may be that of what it started from."""
-    if is_hf(path):
-        return str(path)
-    if (path / "tokenizer").is_dir():
-        return str(path / "tokenizer")
-    config = Workdir(path).config()
-    if config.data.tokenizer == "auto" and config.init_from:
-        return _spec_of(pathlib.Path(config.init_from))
-    return config.data.tokenizer
+        # the name is the spec that it was read by, be it that of what this run started from
+        model, spec, valid = own.model, own.tokenizer.name, own.valid_vocab
+        if (path / "tokenizer").is_dir():
+            spec = str(path / "tokenizer")
+    return dataclasses.replace(model, dtype=wanted.dtype, lora=wanted.lora), spec, valid
 
 
 def load_base(setup: Setup) -> transformer.Params | None:

@@ -13,7 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import jax
 from absl import logging
@@ -96,9 +96,8 @@ class Workdir:
             return
         target = self.path / name
         try:
-            torn = target.exists() and not _ends_in_newline(target)
-            with target.open("a") as f:
-                f.write("\n" * torn + json.dumps(row) + "\n")
+            with target.open("ab+") as f:
+                f.write(("\n" * _torn(f) + json.dumps(row) + "\n").encode())
         except OSError as error:
             raise RunError(f"cannot write {target}: {error.strerror}") from error
 
@@ -186,11 +185,12 @@ def commit() -> str | None:
     return out.stdout.strip()
 
 
-def _ends_in_newline(path: pathlib.Path) -> bool:
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - 1, 0))
-        return file.read(1) in (b"\n", b"")
+def _torn(file: BinaryIO) -> bool:
+    """Whether the last line of a file has no end."""
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
 
 
 def _log_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> None:

@@ -24,7 +24,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lm.config import require_positive
@@ -177,7 +177,9 @@ class Endpoint:
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
         """What the requests that have no reply yet may cost."""
-        missing = self._missing(requests)
+        return self._estimate(self._missing(requests).values())
+
+    def _estimate(self, missing: Collection[Request]) -> Estimate:
         tokens_in = sum(one.tokens for one in missing)
         tokens_out = sum(one.max_tokens for one in missing)
         cost = (tokens_in * self.config.price_in + tokens_out * self.config.price_out) / 1e6
@@ -193,14 +195,15 @@ class Endpoint:
             it answered any.
           RunError: the file cannot be written.
         """
-        estimate = self.estimate(requests)
-        if estimate.requests:
+        digests = [self._digest(one) for one in requests]
+        missing = self._missing(requests, digests)
+        if missing:
+            estimate = self._estimate(missing.values())
             self._announce(estimate, len(requests))
             self._cost += estimate.cost
-            missing = self._missing(requests)
-            self._answered |= len(missing) < len({self._digest(one) for one in requests})
-            self._send(missing)
-        return [self._known.get(self._digest(one)) for one in requests]
+            self._answered |= len(missing) < len(set(digests))
+            self._send(list(missing.values()))
+        return [self._known.get(digest) for digest in digests]
 
     def _announce(self, estimate: Estimate, count: int) -> None:
         config = self.config
@@ -321,10 +324,13 @@ class Endpoint:
         body = {"url": self.config.url.rstrip("/"), **request.body(self.config.model)}
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
-    def _missing(self, requests: Sequence[Request]) -> list[Request]:
-        """Those without a reply, each once."""
-        by_digest = {self._digest(one): one for one in requests}
-        return [one for digest, one in by_digest.items() if digest not in self._known]
+    def _missing(
+        self, requests: Sequence[Request], digests: Sequence[str] | None = None
+    ) -> dict[str, Request]:
+        """Those without a reply by their digests, each once."""
+        digests = digests or [self._digest(one) for one in requests]
+        by_digest = dict(zip(digests, requests, strict=True))
+        return {digest: one for digest, one in by_digest.items() if digest not in self._known}
 
     def _read(self) -> dict[str, Reply]:
         known: dict[str, Reply] = {}

@@ -115,7 +115,7 @@ def run(
     first = baseline or next((path for path in paths if form_of(path) == "plain"), None)
     if first is None:
         say("no sequential run among the checkpoints: no speed-ups (--baseline names one)")
-    asked = questions(config, [*paths, *([first] if first else [])])
+    asked = questions(config, [*paths, *filter(None, [first])])
     against = None if first is None else measure(first, config, asked, make, options)
     rows = []
     for path in dict.fromkeys(paths):
@@ -146,12 +146,10 @@ def questions(config: RunConfig, paths: Sequence[pathlib.Path]) -> list[Question
     data = config.data
     if data.source == "requests":
         return quality.questions(runs.conversations(config, "validation"))
-    found = [setup.split_of(runs.config_at(path).data, data) for path in dict.fromkeys(paths)]
-    held_out = [own for split, own in found if split == "validation"]
-    if any(own != held_out[0] for own in held_out):
-        raise UserError(f"the runs held out different parts of {data.source}: evaluate each alone")
-    if held_out:
-        config = dataclasses.replace(config, data=held_out[0])
+    trained = [runs.config_at(path).data for path in dict.fromkeys(paths)]
+    split, data = setup.split_of(trained, data)
+    if split == "validation":
+        config = dataclasses.replace(config, data=data)
         return quality.questions(runs.conversations(config, "validation"))
     reader = instructions.read(data.source, on_error=data.on_error, limit=data.eval_conversations)
     return quality.questions(list(reader))

@@ -84,7 +84,9 @@ def run(
         raise UserError("evaluate runs on one process")
     if not paths:
         raise UserError("which checkpoint? give at least one")
-    split, asked = _split_of(paths, config.data)
+    runs = [path for path in paths if not (attach.is_attached(path) or setup.is_hf(path))]
+    trained = [Workdir(path).config(CpConfig).data for path in runs]
+    split, asked = setup.split_of(trained, config.data)
     config = dataclasses.replace(config, data=asked)
     temperatures = options.temperatures or (config.sampling.temperature,)
     drawn = [dataclasses.replace(config.sampling, temperature=t) for t in temperatures]
@@ -126,18 +128,6 @@ def data_of(loaded: Loaded, config: CpConfig) -> DataConfig:
     return dataclasses.replace(config.data, **{name: getattr(own, name) for name in formats})
 
 
-def _split_of(paths: Sequence[pathlib.Path], wanted: DataConfig) -> tuple[str, DataConfig]:
-    """`setup.split_of` for several runs. Raises UserError where they held out different parts."""
-    runs = [path for path in paths if not (attach.is_attached(path) or setup.is_hf(path))]
-    found = [setup.split_of(Workdir(path).config(CpConfig).data, wanted) for path in runs]
-    held_out = [data for split, data in found if split == "validation"]
-    if any(data != held_out[0] for data in held_out):
-        raise UserError(
-            f"the runs held out different parts of {wanted.source}: evaluate each alone"
-        )
-    return ("validation", held_out[0]) if held_out else ("all", wanted)
-
-
 def texts_of(
     resolved: setup.Setup,
     params: transformer.Params,
@@ -153,7 +143,7 @@ def texts_of(
     Raises UserError when the data gives no text of at least two tokens.
     """
     if split is None:
-        split, data = setup.split_of(resolved.config.data, data)
+        split, data = setup.split_of([resolved.config.data], data)
     whole = documents_of(resolved, data, split)
     prompts = [ids[: min(options.prompt_tokens, len(ids) // 2)] for ids in whole]
     if options.texts == "corpus":

@@ -198,6 +198,16 @@ def _head_before(config: CpConfig) -> HeadParams | None:
     return found[1] if found is not None and found[0] == config.head else None
 
 
+def _vocab_before(config: CpConfig) -> np.ndarray | None:
+    """The draft vocabulary of that head: what its outputs are."""
+    path = pathlib.Path(config.init_from)
+    if config.init_from and not setup.is_hf(path):  # without reading the model
+        same = Workdir(path).config(CpConfig).head == config.head
+        return checkpoints.read_draft_vocab(path) if same else None
+    before = _head_before(config)
+    return None if before is None else np.asarray(before["vocab"]["ids"])
+
+
 def frozen_model(resolved: setup.Setup, mesh: sharding.Sharding | None) -> train.Params:
     """What of the model stays as it is, under "params", in the compute dtype."""
     mode = resolved.config.loss.mode
@@ -222,23 +232,25 @@ def draft_vocab(resolved: setup.Setup, workdir: Workdir) -> np.ndarray | None:
     if not size:
         return None
     ids = checkpoints.read_draft_vocab(workdir.path)
-    before = _head_before(config) if ids is None else None
-    if before is not None:  # its outputs are these tokens
-        ids = np.asarray(before["vocab"]["ids"])
-    elif ids is None:
-        counts = np.zeros(resolved.model.vocab_size, np.int64)
-        rows = setup.text_rows(resolved)
-        for _, row in zip(range(_COUNTED_ROWS), rows, strict=False):
-            targets = row["edge_targets"]
-            counts += np.bincount(targets[targets >= 0], minlength=len(counts))
-        ids = head.frequent(counts, size)
-    if not jax.process_index():
-        workdir.write(checkpoints.DRAFT_VOCAB, json.dumps(ids.tolist()) + "\n")
+    if ids is None:
+        before = _vocab_before(config)
+        ids = _frequent(resolved, size) if before is None else before
+        if not jax.process_index():
+            workdir.write(checkpoints.DRAFT_VOCAB, json.dumps(ids.tolist()) + "\n")
     if len(ids) != size:
         raise UserError(
             f"{workdir.path} has a draft vocabulary of {len(ids)} tokens, head.draft_vocab={size}"
         )
     return ids
+
+
+def _frequent(resolved: setup.Setup, size: int) -> np.ndarray:
+    counts = np.zeros(resolved.model.vocab_size, np.int64)
+    rows = setup.text_rows(resolved)
+    for _, row in zip(range(_COUNTED_ROWS), rows, strict=False):
+        targets = row["edge_targets"]
+        counts += np.bincount(targets[targets >= 0], minlength=len(counts))
+    return head.frequent(counts, size)
 
 
 # --- the objective

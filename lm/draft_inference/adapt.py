@@ -71,8 +71,9 @@ def run(
     if sharding.make(config.mesh, resolved.model) is not None:
         raise UserError("adapt runs on one device: leave config.mesh at 1")
     workdir.create(config)
-    _check(workdir, teacher, data, new_tokens, chat)
+    about = _about(workdir, teacher, data, new_tokens, chat)
     layouts = _layouts(config, teacher, data, new_tokens, chat)
+    workdir.write(LEARNT, json.dumps(about) + "\n")
     made = job(resolved, teacher, layouts)
     result = loop.fit(made, workdir)
     found = functools.partial(divergence, made, layouts)
@@ -84,10 +85,10 @@ def run(
     }
 
 
-def _check(
+def _about(
     workdir: Workdir, teacher: Speaker, data: pathlib.Path, new_tokens: int, chat: bool
-) -> None:
-    """Notes what the draft learns from. Raises UserError where the workdir has learnt from other
+) -> dict[str, Any]:
+    """What the draft learns from. Raises UserError where the workdir has learnt from other
     answers."""
     try:
         prompts = hashlib.sha256(data.read_bytes()).hexdigest()
@@ -106,7 +107,7 @@ def _check(
         raise UserError(
             f"{workdir.path} learnt from another {' and '.join(changed)}: use another workdir"
         )
-    workdir.write(LEARNT, json.dumps(now) + "\n")
+    return now
 
 
 def _layouts(

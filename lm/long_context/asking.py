@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import prompting
 from lm.errors import DataError, UserError
 from lm.generate import Generation
 from lm.long_context import longbench, samples, scoring
@@ -196,11 +197,7 @@ def read(path: pathlib.Path) -> list[tuple[str, str, tuple[str, ...]]]:
 
     Raises UserError when the file cannot be read or is empty, DataError for another object.
     """
-    try:
-        # not splitlines: JSON may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    lines = prompting.read_lines(path)
     found = [_record(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"{path}: no prompts: the file is empty")

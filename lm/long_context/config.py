@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from lm.config import Config, require_choice, require_positive
+from lm.config import Config, require_at_least_zero, require_choice, require_positive
 from lm.errors import UserError
 
 PACES = ("documents", "doublings")
@@ -40,8 +40,7 @@ class TasksConfig:
             raise UserError(
                 f"tasks.max_length={self.max_length} is below tasks.min_length={self.min_length}"
             )
-        if self.growth < 0:
-            raise UserError(f"tasks.growth={self.growth} must not be negative")
+        require_at_least_zero("tasks.growth", self.growth)
         require_choice("tasks.pace", self.pace, PACES)
         require_positive("tasks.questions", self.questions)
         if not 0 <= self.text_weight <= 1:
@@ -49,8 +48,7 @@ class TasksConfig:
         for length in self.eval_lengths:
             require_positive("tasks.eval_lengths", length)
         require_positive("tasks.eval_samples", self.eval_samples)
-        if self.eval_tokens < 0:
-            raise UserError(f"tasks.eval_tokens={self.eval_tokens} must not be negative")
+        require_at_least_zero("tasks.eval_tokens", self.eval_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lm import plots
 from lm.errors import UserError
+from lm.long_context.options import QUESTIONS
 from lm.workdir import Workdir
 
 Row = Mapping[str, Any]
@@ -49,8 +50,10 @@ def draw(rows: Sequence[Row]) -> dict[str, Figure]:
     """Every figure that the rows allow, by name."""
     found: dict[str, Figure] = {}
     whole = [row for row in rows if "task" in row and row.get("accuracy") is not None]
-    for kind, scored in _by_question(_by_draft(whole)).items():
-        apart = "_agnostic" if kind == "agnostic" else ""  # the choice is made without the question
+    # rows from before there were two kinds have none
+    whole = [{"questions": QUESTIONS[0], **row} for row in _by_draft(whole)]
+    for kind, scored in _grouped(whole, "questions").items():
+        apart = "" if kind == QUESTIONS[0] else f"_{kind}"
         found |= {f"{name}{apart}": one for name, one in _accuracy(scored).items()}
     for mode in ("decode", "chunk"):
         shown = stages([row for row in rows if row.get("mode") == mode])
@@ -91,14 +94,6 @@ def _accuracy(scored: Sequence[Row]) -> dict[str, Figure]:
     return found
 
 
-def _by_question(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows whose method chose with the question before it, and those whose did not."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.get("questions") or "aware", []).append(row)
-    return groups
-
-
 def _by_draft(rows: Sequence[Row]) -> list[Row]:
     """The rows, methods called after their draft too where a checkpoint was judged with several."""
     drafts: dict[tuple[Any, Any], set[str]] = {}
@@ -107,7 +102,7 @@ def _by_draft(rows: Sequence[Row]) -> list[Row]:
     several = {method for (_, method), known in drafts.items() if len(known) > 1}
     return [
         {**row, "method": f"{row['method']} {pathlib.PurePath(row.get('draft') or '?').name}"}
-        if row["method"] in several - {_DENSE}
+        if row["method"] in several
         else row
         for row in rows
     ]

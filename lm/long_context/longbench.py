@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from lm import prompting
 from lm.errors import DataError, UserError
 
 _FIELDS = ("context", "answers")  # what tells these lines from other files of prompts
@@ -104,11 +105,7 @@ def read(path: pathlib.Path, templates: Mapping[str, str] | None = None) -> list
     Raises UserError when it cannot be read, for templates that no record takes and for datasets
     without a scorer, DataError for another kind of line.
     """
-    try:
-        # not splitlines: JSON may hold other characters that end lines
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    lines = prompting.read_lines(path)
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -117,7 +117,7 @@ def run(
     if jax.process_count() > 1:
         raise UserError("evaluate runs on one process")
     trained, params = setup.load_workdir(workdir.path)
-    split, data = setup.split_of(trained.config.data, config.data)
+    split, data = setup.split_of([trained.config.data], config.data)
     config = _with_formats_of(trained.config.data, dataclasses.replace(config, data=data))
     resolved = dataclasses.replace(trained, config=dataclasses.replace(config, model=trained.model))
     mesh = sharding.make(config.mesh, resolved.model)

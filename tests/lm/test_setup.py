@@ -82,10 +82,10 @@ def test_what_is_held_out_is_what_training_held_out(tmp_path):
     asked = DataConfig(
         source=f"gsm8k:{os.path.relpath(file)}", validation_fraction=0.3, seed=5, max_turns=8
     )
-    split, own = setup.split_of(trained, asked)
+    split, own = setup.split_of([trained], asked)
     assert split == "validation"
     assert (own.validation_fraction, own.seed, own.max_turns) == (0.1, 0, 4)
     assert own.source == asked.source
-    assert setup.split_of(trained, DataConfig(source=str(file)))[0] == "all"  # another format
+    assert setup.split_of([trained], DataConfig(source=str(file)))[0] == "all"  # another format
     counted = DataConfig(source="arithmetic", seed=1)  # split by content
-    assert setup.split_of(DataConfig(source="arithmetic"), counted) == ("validation", counted)
+    assert setup.split_of([DataConfig(source="arithmetic")], counted) == ("validation", counted)

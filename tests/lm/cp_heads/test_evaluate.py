@@ -134,20 +134,16 @@ def test_a_draft_vocabulary_accepts_less(config, loaded):
 
 def test_other_data_are_used_whole(config):
     other = dataclasses.replace(config.data, source="arithmetic")
-    assert setup.split_of(config.data, config.data) == ("validation", config.data)
-    assert setup.split_of(config.data, other) == ("all", other)
+    assert setup.split_of([config.data], config.data) == ("validation", config.data)
+    assert setup.split_of([config.data], other) == ("all", other)
 
 
 def test_the_order_of_checkpoints_decides_nothing(config, tmp_path):
     wanted = dataclasses.replace(config.data, source=str(tmp_path / "x.jsonl"))
-    for name in ("x", "y"):
-        data = dataclasses.replace(config.data, source=str(tmp_path / f"{name}.jsonl"))
-        Workdir(tmp_path / name).create(config)
-        Workdir(tmp_path / name).record(dataclasses.replace(config, data=data))
-    for names in ("xy", "yx"):
-        found = evaluate._split_of([tmp_path / name for name in names], wanted)
-        assert found == ("validation", wanted)
-    assert evaluate._split_of([tmp_path / "y"], wanted) == ("all", wanted)
+    other = dataclasses.replace(config.data, source=str(tmp_path / "y.jsonl"))
+    for trained in ([wanted, other], [other, wanted]):
+        assert setup.split_of(trained, wanted) == ("validation", wanted)
+    assert setup.split_of([other], wanted) == ("all", wanted)
 
 
 def test_refusals(config, folder):

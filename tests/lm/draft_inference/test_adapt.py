@@ -2,6 +2,7 @@
 """The distillation loss against its formula, row by row; and the search of `tune`."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import jax
@@ -65,15 +66,18 @@ def test_answers_of_others_are_not_learnt(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
     place = Workdir(tmp_path)
-    adapt._check(place, speaker, tmp_path / "a", 8, False)
-    adapt._check(place, speaker, tmp_path / "a", 8, False)
+    about = adapt._about(place, speaker, tmp_path / "b", 8, False)
+    assert about != adapt._about(place, speaker, tmp_path / "a", 8, False)  # nothing learnt yet
+    about = adapt._about(place, speaker, tmp_path / "a", 8, False)
+    place.write(adapt.LEARNT, json.dumps(about))
+    assert adapt._about(place, speaker, tmp_path / "a", 8, False) == about
     for given, names in (
         ((speaker, tmp_path / "b", 8, False), "prompts"),
         ((other, tmp_path / "a", 8, False), "target"),
         ((speaker, tmp_path / "a", 9, True), "new_tokens and chat"),
     ):
         with pytest.raises(UserError, match=f"learnt from another {names}: use another"):
-            adapt._check(place, *given)
+            adapt._about(place, *given)
 
 
 def test_tune_takes_the_smallest_budget_then_the_smallest_draft():
