@@ -25,7 +25,6 @@ from ops.dispatch import Unsupported
 FLAGS = flags.FLAGS
 C = TypeVar("C", bound=Config)
 N = TypeVar("N", int, float)
-_defined_data: list[str] = []  # whether --data names the config's conversations
 
 
 class CheckFailed(Exception):
@@ -46,7 +45,6 @@ def define_config(data: bool = True, workdir: bool = False, required: bool = Tru
     if required:
         flags.mark_flag_as_required("config")
     if data:
-        _defined_data.append("data")
         flags.DEFINE_string(
             "data", None, "conversations to use instead of the config's (JSON, JSONL, .gz)"
         )
@@ -65,7 +63,8 @@ def config(cls: type[C] = Config, flag: str = "config") -> C:
         values = getattr(FLAGS, flag).to_dict()
     except OSError as error:
         raise UserError(f"--{flag}: cannot read the file: {_last_line(error)}") from error
-    if flag == "config" and _defined_data and FLAGS.data is not None:
+    own = FLAGS.find_module_defining_flag("data") == __name__
+    if flag == "config" and own and FLAGS.data is not None:
         values.setdefault("data", {})["source"] = FLAGS.data
     return freeze(values, cls)
 
