@@ -156,7 +156,7 @@ def pareto(rows: Sequence[Row], speed: str) -> Figure:
         if len(own) > 1:
             axes.plot([r[speed] for r in own], [r["quality"] for r in own], color=colour(method))
     axes.axvline(1, color="#cccccc", linewidth=1)
-    axes.margins(x=0.14, y=0.16)
+    axes.margins(x=0.17, y=0.16)
     methods = {row["method"] for row in rows if row.get("lambda") is not None}
     names = [_short(row) if len(methods) == 1 else label_of(row) for row in rows]
     _name_points(
@@ -179,7 +179,9 @@ def _name_points(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> 
     dots = 72 / axes.figure.dpi
     where = [axes.transData.transform((x, y)) * dots for _, x, y, _ in points]
     taken = [(across - 4, across + 4, up - 4, up + 4) for across, up in where]  # in points
-    for (name, x, y, method), (across, up) in zip(points, where, strict=True):
+    # from the top: leaders to names further off do not cross
+    for index in sorted(range(len(points)), key=lambda i: -points[i][2]):
+        (name, x, y, method), (across, up) = points[index], where[index]
         width = max(5.0 * len(name), 24.0)
         for offset, right in itertools.product((5, -13, 17, -25, 29, -37), (1, 0)):
             left = across + 6 if right else across - 6 - width
@@ -218,10 +220,9 @@ def by_round(rows: Sequence[Row]) -> Figure:
     for weight, shade in palette.items():
         own = sorted((r for r in rows if str(r["lambda"]) == weight), key=lambda r: r["round"])
         x, y = [r["speedup_critical_path"] for r in own], [r["quality"] for r in own]
-        axes.plot(x, y, color=shade, marker="o", markersize=4.5)
+        axes.plot(x, y, color=shade, marker="o", markersize=9)
         for row, place in zip(own, zip(x, y, strict=True), strict=True):
-            if row["round"]:
-                axes.annotate(str(row["round"]), place, (4, 4), textcoords="offset points")
+            axes.annotate(str(row["round"]), place, ha="center", va="center", fontsize=7)
         area = own[-1]["hypervolume"]
         names.append(f"λ={'∞' if weight == 'inf' else f'{float(weight):g}'}  area {area:.3f}")
     axes.legend(axes.lines, names, frameon=False)
