@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from lm.config import Config, freeze
 from lm.errors import RunError, UserError
-from ops.dispatch import Unsupported
+from ops.dispatch import IMPLEMENTATIONS, Unsupported
 
 FLAGS = flags.FLAGS
 C = TypeVar("C", bound=Config)
@@ -67,6 +67,17 @@ def config(cls: type[C] = Config, flag: str = "config") -> C:
     if flag == "config" and own and FLAGS.data is not None:
         values.setdefault("data", {})["source"] = FLAGS.data
     return freeze(values, cls)
+
+
+def define_implementation(about: str = "of the ops (default: the first that serves)") -> None:
+    """Defines --implementation."""
+    flags.DEFINE_enum("implementation", None, list(IMPLEMENTATIONS), about)
+
+
+def implementation() -> str | None:
+    """That of --implementation, else of --config; None: for each op the first that serves."""
+    given = FLAGS.config if "config" in FLAGS else None
+    return FLAGS.implementation or (given and given.get("train", {}).get("implementation")) or None
 
 
 def define_distributed() -> None:

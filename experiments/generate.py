@@ -27,7 +27,6 @@ from experiments.methods import METHODS, Opened
 from lm import generate, prompting
 from lm.config import SamplingConfig
 from lm.errors import UserError
-from ops.dispatch import IMPLEMENTATIONS
 
 flags.DEFINE_enum("method", "dense", list(METHODS), "how tokens are found")
 flags.DEFINE_string("hf_dir", None, "Hugging Face directory: config.json and safetensors")
@@ -42,9 +41,7 @@ flags.DEFINE_integer("top_k", 0, "draw from so many tokens only; 0: all")
 flags.DEFINE_float("top_p", 1.0, "draw from the most likely tokens that have this mass")
 flags.DEFINE_integer("max_new_tokens", 256, "per prompt")
 flags.DEFINE_integer("seed", 0, "of the draws")
-flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's")
 FLAGS = flags.FLAGS
 
@@ -103,7 +100,7 @@ def _run(
             prompts,
             sampling,
             jax.random.key(FLAGS.seed),
-            implementation=FLAGS.implementation,
+            implementation=cli.implementation(),
             chunk=chunk,
         )
 

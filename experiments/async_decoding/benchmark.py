@@ -47,7 +47,6 @@ from lm.async_decoding.config import AsyncConfig, RunConfig
 from lm.async_decoding.runs import Run
 from lm.errors import UserError
 from lm.workdir import Workdir
-from ops import dispatch
 
 NAMES = ("critical_path_speedup", "wall_speedup", "realised")
 DEFAULTS = benchmark.Options()
@@ -66,9 +65,7 @@ REPEATS = flags.DEFINE_integer("repeats", DEFAULTS.repeats, "rounds over all met
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "default: the config's or checkpoint's"
 )
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(dispatch.IMPLEMENTATIONS), "of the ops (default: what serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -80,7 +77,7 @@ def main() -> dict[str, Any]:
         compose=tuple(COMPOSE.value),
         repeats=REPEATS.value,
         scheme=config.threads.positions,
-        implementation=IMPLEMENTATION.value or config.train.implementation or None,
+        implementation=cli.implementation(),
     )
     parts = compose_flags.parts(COMPOSE.value)
     run, params = _model(config)

@@ -29,7 +29,6 @@ from lm import prompting
 from lm.async_decoding import critical_path, decode, language, positions, speaking
 from lm.async_decoding.answers import Answer
 from lm.errors import UserError
-from ops.dispatch import IMPLEMENTATIONS
 
 flags.DEFINE_string("hf_dir", None, "Hugging Face directory: config.json and safetensors")
 flags.DEFINE_string("checkpoint", None, "workdir of a run")
@@ -47,9 +46,7 @@ flags.DEFINE_enum(
     "positions", None, list(positions.DECODABLE), "of tokens (default: as the run was trained)"
 )
 flags.DEFINE_integer("seed", 0, "of the draws")
-flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's")
 FLAGS = flags.FLAGS
 _COLOURS = (36, 33, 35, 32, 34, 31)  # of threads 1, 2, ...; main has the terminal's own
@@ -79,7 +76,7 @@ def main() -> dict[str, Any]:
     rules = settings.rules(trained.positions, trained.form)
     rendered = (speaker.rendered(text, chat=FLAGS.chat, system=FLAGS.system) for text in texts)
     prompts = [language.encode_prompt(text, speaker.tokenizer) for text in rendered]
-    options = {"implementation": FLAGS.implementation}
+    options = {"implementation": cli.implementation()}
     if single:
         events = decode.speak_in_pieces(speaker, rules, settings, *prompts, FLAGS.seed, **options)
         found = [_show(events)]

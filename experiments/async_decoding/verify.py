@@ -26,7 +26,6 @@ from lm import prompting, transformer
 from lm.async_decoding import runs, training, verify, verify_pool
 from lm.async_decoding.config import AsyncConfig
 from lm.progress import Progress
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config()
 PROGRAMS = flags.DEFINE_integer("programs", 2000, "random programs", lower_bound=0)
@@ -36,9 +35,7 @@ LOGITS = flags.DEFINE_integer(
     "of the data and of the random programs, compare the logits of so many each; half "
     "as many go through the decoder",
 )
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 CORRUPT = flags.DEFINE_enum("corrupt", None, list(verify.CORRUPTIONS), "plant this error")
 
 
@@ -57,7 +54,7 @@ def main() -> dict[str, object]:
     programs = [training.encoded(example, tokenizer, end, recount=recount) for example in examples]
     model = dataclasses.replace(resolved.setup.model, dtype="float32")
     params = transformer.init(model, jax.random.key(config.train.seed))
-    implementation = IMPLEMENTATION.value or config.train.implementation or None
+    implementation = cli.implementation()
     total = len(programs) + PROGRAMS.value + (verify_pool.PARTS if LOGITS.value else 0)
     with jax.default_matmul_precision("highest"), Progress("verify", total) as progress:
         findings = verify.verify(

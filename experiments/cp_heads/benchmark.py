@@ -38,7 +38,6 @@ from lm.cp_heads.config import CpConfig
 from lm.cp_heads.drafters import Autoregressive, Heads, Target
 from lm.errors import UserError
 from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 NAMES = ("speedup", "over_rank1")
 SHAPES = {"1b": shapes.llama_3_2_1b, "8b": shapes.llama_3_1_8b}
@@ -63,9 +62,7 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs per row", lower_bound=1
 SHAPE = flags.DEFINE_list("shapes", [], "also time heads at 1b, 8b")
 WORKDIR = flags.DEFINE_string("workdir", None, "also append the rows to benchmark.jsonl there")
 PRICE = flags.DEFINE_float("chip_price", None, "per chip-hour: adds cost per million tokens")
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -87,7 +84,7 @@ def main() -> dict[str, Any]:
     target = Target(
         first.model,
         config.sampling,
-        implementation=IMPLEMENTATION.value,
+        implementation=cli.implementation(),
         valid_vocab=first.setup.valid_vocab,
     )
     methods = [Method("autoregressive", Autoregressive(), {}), *_methods(loaded)]

@@ -20,7 +20,6 @@ from absl import flags
 from experiments import cli, gate
 from lm.cp_heads import evaluate
 from lm.cp_heads.config import CpConfig
-from ops.dispatch import IMPLEMENTATIONS
 
 NAMES = ("expected_tokens_per_call",)
 
@@ -36,9 +35,7 @@ PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "of each text, at most
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "texts at once")
 TEMPERATURES = flags.DEFINE_list("temperatures", [], "rows for each (default: the config's)")
 SEED = flags.DEFINE_integer("seed", 0, "of the texts that are drawn")
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -49,7 +46,7 @@ def main() -> dict[str, Any]:
         batch_size=BATCH_SIZE.value,
         temperatures=cli.numbers("temperatures", TEMPERATURES.value, float),
         seed=SEED.value,
-        implementation=IMPLEMENTATION.value,
+        implementation=cli.implementation(),
     )
     result = evaluate.run(cli.config(CpConfig), list(map(pathlib.Path, CHECKPOINT.value)), options)
     failed = gate.failures(requirements, result)

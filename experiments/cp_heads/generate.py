@@ -28,7 +28,6 @@ from experiments import cli
 from lm.config import SamplingConfig
 from lm.cp_heads import speaking, tune
 from lm.errors import UserError
-from ops.dispatch import IMPLEMENTATIONS
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or Hugging Face directory")
 TUNED = flags.DEFINE_string("tuned", None, "workdir of tune, or its tuned.json")
@@ -41,9 +40,7 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "draw from so many tokens only; 0: all"
 TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the most likely tokens that have this mass")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "at most")
 SEED = flags.DEFINE_integer("seed", 0, "of the draws")
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
 )
@@ -55,7 +52,7 @@ def main() -> dict[str, Any]:
     speaker = loaded.speaker
     prompts = [speaker.prompt(PROMPT.value, chat=CHAT.value)]
     key = jax.random.key(SEED.value)
-    options = {"implementation": IMPLEMENTATION.value, "chunk": sampling.max_new_tokens}
+    options = {"implementation": cli.implementation(), "chunk": sampling.max_new_tokens}
 
     def drafted():
         return loaded.stream(prompts, sampling, key, chains=CHAINS.value, **options)

@@ -23,7 +23,6 @@ from lm.cp_heads import evaluate, tune
 from lm.cp_heads.config import CpConfig
 from lm.cp_heads.head import TRANSITIONS
 from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 DEFAULTS = tune.Options()
 
@@ -39,9 +38,7 @@ BATCH = flags.DEFINE_integer("batch", DEFAULTS.batch, "prompts decoded at once w
 TEXTS = flags.DEFINE_enum("texts", "sampled", evaluate.TEXTS, "for acceptance, as in evaluate")
 PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 64, "of each text, at most half of it")
 SEED = flags.DEFINE_integer("seed", 0, "of what is drawn")
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -55,7 +52,7 @@ def main() -> dict[str, Any]:
             texts=TEXTS.value,
             prompt_tokens=PROMPT_TOKENS.value,
             seed=SEED.value,
-            implementation=IMPLEMENTATION.value,
+            implementation=cli.implementation(),
         ),
     )
     workdir = Workdir(cli.FLAGS.workdir)

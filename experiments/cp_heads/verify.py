@@ -23,7 +23,6 @@ from experiments import cli
 from lm import setup
 from lm.cp_heads import checkpoints, head, prompts, verify
 from lm.cp_heads.config import CpConfig
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or Hugging Face directory")
@@ -31,9 +30,7 @@ TOKENS = flags.DEFINE_integer("tokens", 10_000, "greedy tokens to compare", lowe
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "compute dtype of the model"
 )
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, object]:
@@ -62,7 +59,7 @@ def main() -> dict[str, object]:
             tokens=TOKENS.value,
             stop_ids=resolved.tokenizer.stop_ids,
             valid_vocab=resolved.valid_vocab,
-            implementation=IMPLEMENTATION.value or config.train.implementation or None,
+            implementation=cli.implementation(),
             seed=config.train.seed,
         )
     result = dataclasses.asdict(findings)

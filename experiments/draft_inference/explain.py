@@ -20,7 +20,6 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from experiments.long_context import flags as shared
 from lm import page, plots
 from lm.draft_inference import evaluate, explain
 from lm.draft_inference.config import DraftConfig
@@ -28,7 +27,6 @@ from lm.errors import UserError
 from lm.long_context import asking
 from lm.long_context.options import Options
 from lm.progress import Progress
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 TARGET = flags.DEFINE_string("target", None, "workdir or directory", required=True)
@@ -43,9 +41,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "at most", lower_bou
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
 )
-flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -65,7 +61,7 @@ def main() -> dict[str, Any]:
     with Progress("explain", len(prompts)) as progress:
         for number, prompt in enumerate(prompts):
             one = explain.explain(
-                speaker, method, prompt, MAX_NEW_TOKENS.value, shared.implementation()
+                speaker, method, prompt, MAX_NEW_TOKENS.value, cli.implementation()
             )
             folder.mkdir(parents=True, exist_ok=True)
             png = plots.png(explain.figure(one))

@@ -99,7 +99,7 @@ def _speculated(
         speaker.stop_ids,
         key,
         block=SPECULATE.value,
-        implementation=shared.implementation(),
+        implementation=cli.implementation(),
         valid_vocab=speaker.valid_vocab,
     )
     print(speaker.tokenizer.decode(made.tokens, skip_special=True))
@@ -116,7 +116,7 @@ def _streamed(
 ) -> tuple[Generation, dict[str, Any]]:
     tokens, log_probs = [], []
     stream = Selective(speaker, policy).stream(
-        [prompt], sampling, key, implementation=shared.implementation()
+        [prompt], sampling, key, implementation=cli.implementation()
     )
     shown, stopped, statistics = "", False, None
     for (piece,), found in stream:
@@ -153,7 +153,7 @@ def _dense(
         sampling,
         speaker.stop_ids,
         key,
-        implementation=shared.implementation(),
+        implementation=cli.implementation(),
         valid_vocab=speaker.valid_vocab,
     )
     return {

@@ -28,7 +28,6 @@ from lm.draft_inference import draft, verify
 from lm.draft_inference.config import DraftConfig
 from lm.errors import UserError
 from lm.long_context import exact
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
@@ -37,9 +36,7 @@ LENGTH = flags.DEFINE_integer("length", None, "tokens of the longest prompt", lo
 NEW_TOKENS = flags.DEFINE_integer("new_tokens", 16, "generated tokens compared", lower_bound=1)
 TOLERANCE = flags.DEFINE_float("tolerance", verify.TOLERANCE, "of errors", lower_bound=0.0)
 CORRUPT = flags.DEFINE_enum("corrupt", None, list(verify.CORRUPTIONS), "plant this error")
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -64,7 +61,7 @@ def main() -> dict[str, Any]:
             prompts,
             new_tokens=NEW_TOKENS.value,
             valid_vocab=valid_vocab,
-            implementation=IMPLEMENTATION.value or config.train.implementation or None,
+            implementation=cli.implementation(),
             seed=seed,
             corrupt=CORRUPT.value,
         )

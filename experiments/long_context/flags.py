@@ -18,7 +18,6 @@ from lm.errors import UserError
 from lm.long_context import benchmark
 from lm.long_context.options import Options
 from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 _DEFAULTS, _TIMES = Options(), benchmark.Options()
 _QUESTIONS = ("samples", "data", "max_new_tokens", "capacity", "chat", "batch_size")
@@ -29,14 +28,7 @@ def define_running(default: str = "the checkpoint's") -> None:
     """--dtype and --implementation; default: which dtype there is without."""
     names = ["float32", "bfloat16", "float16"]
     flags.DEFINE_enum("dtype", None, names, f"default: {default}")
-    about = "of every op, or a refusal (default: for each the first that serves)"
-    flags.DEFINE_enum("implementation", None, list(IMPLEMENTATIONS), about)
-
-
-def implementation() -> str | None:
-    """That of --implementation, else of --config; None: for each op the first that serves."""
-    config = cli.FLAGS.config
-    return cli.FLAGS.implementation or (config and config.train.implementation) or None
+    cli.define_implementation("of every op, or a refusal (default: for each the first that serves)")
 
 
 def define_questions() -> None:
@@ -144,7 +136,7 @@ def timing(config: Any, **others: Any) -> benchmark.Options:
         budget=flag.budget,
         new_tokens=flag.new_tokens,
         repeats=flag.repeats,
-        implementation=implementation(),
+        implementation=cli.implementation(),
         seed=config.train.seed,
         **others,
     )

@@ -19,15 +19,12 @@ from absl import flags
 from experiments import cli, gate
 from lm.single_pass import evaluate
 from lm.workdir import Workdir
-from ops.dispatch import IMPLEMENTATIONS
 
 NAMES = ("exact_match", "loss", "prefill_ms", "token_ms_p50", "token_ms_p95", "tokens_per_s")
 
 cli.define_config(workdir=True)
 REQUIRE = gate.define(NAMES)
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "conversations that are held at once")
 SEED = flags.DEFINE_integer("seed", 0, "of the sampling, where the temperature is above 0")
 
@@ -39,7 +36,7 @@ def main() -> dict[str, Any]:
         cli.config(),
         workdir,
         evaluate.Options(
-            implementation=IMPLEMENTATION.value, batch_size=BATCH_SIZE.value, seed=SEED.value
+            implementation=cli.implementation(), batch_size=BATCH_SIZE.value, seed=SEED.value
         ),
     )
     lines = (json.dumps(transcript.to_dict(), ensure_ascii=False) for transcript in transcripts)

@@ -21,18 +21,12 @@ from experiments import cli
 from lm import setup
 from lm.progress import Progress
 from lm.single_pass import verify
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config()
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "compute dtype of both sides"
 )
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation",
-    None,
-    list(IMPLEMENTATIONS),
-    "of the ops on the tree's side (default: the first that serves)",
-)
+cli.define_implementation("of the ops on the tree's side (default: the first that serves)")
 CORRUPT = flags.DEFINE_enum("corrupt", None, list(verify.CORRUPTIONS), "plant this error")
 MODE = flags.DEFINE_string("mode", None, "layout to check against N-pass (default: the config's)")
 
@@ -56,7 +50,7 @@ def main() -> dict[str, object]:
             params,
             conversations(),
             mode=MODE.value or config.data.mode,
-            implementation=IMPLEMENTATION.value or config.train.implementation or None,
+            implementation=cli.implementation(),
             corrupt=CORRUPT.value,
         )
     result = dataclasses.asdict(findings)

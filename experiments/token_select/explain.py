@@ -23,7 +23,6 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
-from experiments.long_context import flags as shared
 from lm import page, plots
 from lm.config import SamplingConfig
 from lm.errors import RunError, UserError
@@ -33,7 +32,6 @@ from lm.progress import Progress
 from lm.prompting import Speaker
 from lm.token_select import explain, speaking
 from lm.token_select.config import SelectConfig, TokenSelectConfig
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir or directory", required=True)
@@ -47,9 +45,7 @@ MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "at most", lower_bou
 DTYPE = flags.DEFINE_enum(
     "dtype", None, ["float32", "bfloat16", "float16"], "default: the checkpoint's"
 )
-flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -100,7 +96,7 @@ def _explained(
     """One prompt, and what --drop asks about it."""
     settings = SamplingConfig(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS.value)
     given = speaker.model, speaker.params, prompt, settings, select
-    options = {"implementation": shared.implementation(), "valid_vocab": speaker.valid_vocab}
+    options = {"implementation": cli.implementation(), "valid_vocab": speaker.valid_vocab}
     key = jax.random.key(0)
     found = explain.explain(*given, speaker.stop_ids, key, **options)
     if not len(found.tokens):

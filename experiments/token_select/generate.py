@@ -93,7 +93,7 @@ def _timed(
             [prompt],
             sampling,
             jax.random.key(cli.FLAGS.seed),
-            implementation=shared.implementation(),
+            implementation=cli.implementation(),
             capacity=CAPACITY.value,
             chunk=sampling.max_new_tokens,
         )

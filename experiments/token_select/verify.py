@@ -30,7 +30,6 @@ from lm.errors import UserError
 from lm.long_context import exact
 from lm.token_select import verify
 from lm.token_select.config import TokenSelectConfig
-from ops.dispatch import IMPLEMENTATIONS
 
 cli.define_config(data=False)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "workdir of a run")
@@ -41,9 +40,7 @@ TOLERANCE = flags.DEFINE_float("tolerance", None, "of errors, in place of 1e-4",
 DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "compute dtype of the model"
 )
-IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, list(IMPLEMENTATIONS), "of the ops (default: the first that serves)"
-)
+cli.define_implementation()
 
 
 def main() -> dict[str, Any]:
@@ -63,7 +60,7 @@ def main() -> dict[str, Any]:
             config.select,
             texts=texts,
             steps=STEPS.value,
-            implementation=IMPLEMENTATION.value or config.train.implementation or None,
+            implementation=cli.implementation(),
             seed=config.train.seed,
         )
     result = dataclasses.asdict(findings)

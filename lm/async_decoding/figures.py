@@ -216,15 +216,19 @@ def by_round(rows: Sequence[Row]) -> Figure:
     policy that it started from."""
     figure, axes = plots.new_figure(6.6, 4.0)
     palette = dict(zip(sorted({str(r["lambda"]) for r in rows}), _BLOCKS, strict=False))
-    names = []
+    names: list[str] = []
+    numbers: dict[tuple[float, float], list[str]] = {}  # of the rounds at a place
     for weight, shade in palette.items():
         own = sorted((r for r in rows if str(r["lambda"]) == weight), key=lambda r: r["round"])
         x, y = [r["speedup_critical_path"] for r in own], [r["quality"] for r in own]
         axes.plot(x, y, color=shade, marker="o", markersize=9)
         for row, place in zip(own, zip(x, y, strict=True), strict=True):
-            axes.annotate(str(row["round"]), place, ha="center", va="center", fontsize=7)
+            numbers.setdefault(place, []).append(str(row["round"]))
         area = own[-1]["hypervolume"]
         names.append(f"λ={'∞' if weight == 'inf' else f'{float(weight):g}'}  area {area:.3f}")
+    for place, found in numbers.items():
+        text = ",".join(dict.fromkeys(found))
+        axes.annotate(text, place, ha="center", va="center", fontsize=7)
     axes.legend(axes.lines, names, frameon=False)
     axes.margins(0.12)
     axes.set_xlabel(SPEEDS["speedup_critical_path"])

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import ModelConfig, require_choice, require_positive
+from lm.config import ModelConfig, require_at_least_zero, require_choice, require_positive
 from lm.errors import UserError
 
 HeadParams = dict[str, Any]
@@ -55,8 +55,7 @@ def check(config: HeadConfig, model: ModelConfig) -> None:
     require_positive("head.expander_rank", config.expander_rank)
     require_choice("head.transition", config.transition, TRANSITIONS)
     require_choice("head.expander", config.expander, EXPANDERS)
-    if config.noise < 0:
-        raise UserError(f"head.noise={config.noise} must not be negative")
+    require_at_least_zero("head.noise", config.noise)
     if not 0 <= config.draft_vocab <= model.vocab_size:
         raise UserError(
             f"head.draft_vocab={config.draft_vocab} is not between 0 and the model's vocabulary "

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import losses, transformer
-from lm.config import ModelConfig, require_choice
+from lm.config import ModelConfig, require_at_least_zero, require_choice
 from lm.cp_heads import head
 from lm.cp_heads.head import HeadConfig, HeadParams
 from lm.errors import UserError
@@ -45,16 +45,13 @@ class LossConfig:
 
     def __post_init__(self):
         require_choice("loss.mode", self.mode, MODES)
-        for name in ("next_token", "head", "balance"):
-            if getattr(self, name) < 0:
-                raise UserError(f"loss.{name}={getattr(self, name)} must not be negative")
+        for name in ("next_token", "head", "balance", "lora_layers"):
+            require_at_least_zero(f"loss.{name}", getattr(self, name))
         for name in ("discount", "fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"loss.{name}={getattr(self, name)} must be in (0, 1]")
         if not 0 <= self.distill <= 1:
             raise UserError(f"loss.distill={self.distill} must be in [0, 1]")
-        if self.lora_layers < 0:
-            raise UserError(f"loss.lora_layers={self.lora_layers} must not be negative")
 
 
 class Futures(NamedTuple):

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from lm.config import require_choice, require_positive
+from lm.config import require_at_least_zero, require_choice, require_positive
 from lm.errors import UserError
 from lm.long_context.config import LongContextConfig
 
@@ -31,8 +31,8 @@ class PromptSettings:
             require_positive(f"draft.prompt.{name}", getattr(self, name))
         if self.lookahead is not None:
             require_positive("draft.prompt.lookahead", self.lookahead)
-        if self.first_layer is not None and self.first_layer < 0:
-            raise UserError(f"draft.prompt.first_layer={self.first_layer} must not be negative")
+        if self.first_layer is not None:
+            require_at_least_zero("draft.prompt.first_layer", self.first_layer)
         if self.weighted and self.window < 2:
             raise UserError("draft.prompt.weighted needs draft.prompt.window of at least 2")
         require_choice("draft.prompt.reduce", self.reduce, ("max", "mean"))
@@ -63,10 +63,9 @@ class DraftSettings:
         for name in ("budget", "window", "kernel", "band", "least"):
             require_positive(f"draft.{name}", getattr(self, name))
         for name in ("layers", "columns"):
-            if getattr(self, name) < 0:
-                raise UserError(f"draft.{name}={getattr(self, name)} must not be negative")
-        if self.lookahead is not None and self.lookahead < 0:
-            raise UserError(f"draft.lookahead={self.lookahead} must not be negative")
+            require_at_least_zero(f"draft.{name}", getattr(self, name))
+        if self.lookahead is not None:
+            require_at_least_zero("draft.lookahead", self.lookahead)
         if self.path and self.layers:
             raise UserError("draft.path and draft.layers both name a draft: pass one of them")
         if self.kernel % 2 == 0:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import contexts, generate, sampling, transformer
-from lm.config import ModelConfig, SamplingConfig
+from lm.config import ModelConfig, SamplingConfig, require_at_least_zero
 from lm.draft_inference import draft
 from lm.draft_inference.method import Drafted
 from lm.errors import UserError
@@ -97,8 +97,7 @@ def generations(
         raise UserError(
             f"{method.tokens(settings)} drafted tokens are more than the {new} that are generated"
         )
-    if block < 0:
-        raise UserError(f"block={block} must not be negative")
+    require_at_least_zero("block", block)
     program = Program(model, settings, method, 0, sharding, implementation, valid_vocab)
     program, request = decode.request(program, prompts, stop_ids, key, capacity, indices)
     params = generate.prepare(model, params)

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from lm.config import require_choice, require_positive
+from lm.config import require_at_least_zero, require_choice, require_positive
 from lm.errors import UserError
 from lm.long_context.config import LongContextConfig
 
@@ -42,8 +42,7 @@ class SelectConfig:
         for name in ("n_local", "k", "chunk"):
             require_positive(f"select.{name}", getattr(self, name))
         for name in ("n_init", "pool", "guard_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"select.{name}={getattr(self, name)} must not be negative")
+            require_at_least_zero(f"select.{name}", getattr(self, name))
         if self.prefill == "select" and self.chunk > self.n_local:
             raise UserError(
                 f"select.chunk={self.chunk} is larger than select.n_local={self.n_local}: a chunk "

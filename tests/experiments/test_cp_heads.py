@@ -168,3 +168,8 @@ def test_a_study_keeps_its_contract(tmp_path):
 )
 def test_wrong_input_is_one_line(command, flags, reason):
     assert reason in commands.refusal(f"cp_heads.{command}", *flags)
+
+
+def test_the_implementation_of_a_config_is_taken(run):
+    flags = (*TINY, *SHORT, f"--checkpoint={run}", "--config.train.implementation=triton")
+    assert "triton: runs on CUDA GPUs" in commands.refusal("cp_heads.evaluate", *flags)
