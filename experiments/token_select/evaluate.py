@@ -14,7 +14,8 @@ eval.jsonl of the run (or of --workdir) and not measured again. The last line is
 ...], "summary": [{"budget": ..., "method": ..., "against": ..., "mean_difference": x, "ci95": [lo,
 hi], "below": [...], "holds": x, ...}, ...], "agreement": x, ...}. Agreement is with dense greedy
 decoding: the share of tokens until the texts part. "below" are the cells where the first method is
-below the other by more than the 95% interval of their paired difference. Exit status 1 when a
+below the other by more than the 95% interval of their paired difference. With select.guard_every
+rows have what the guard found. Exit status 1 when a
 --require does not hold for the means of the first method at the first budget.
 """
 

@@ -25,9 +25,10 @@ from lm.progress import Progress
 from lm.prompting import Speaker
 
 # (prompts, tokens to generate, tokens of the context with those, their numbers) -> what each gave,
-# and the mean number of tokens that a step and layer of it read
+# the mean number of tokens that a step and layer of it read, and what its guard counted, [B] each
 Continue = Callable[
-    [Sequence[np.ndarray], int, int, Sequence[int]], tuple[list[Generation], np.ndarray]
+    [Sequence[np.ndarray], int, int, Sequence[int]],
+    tuple[list[Generation], np.ndarray, Mapping[str, np.ndarray]],
 ]
 _SLACK = 8  # tokens by which a template's own may vary from one message to another
 _MARK = "\ufdd0"  # no character of any text
@@ -53,6 +54,7 @@ class Answers:
 
     tokens: list[np.ndarray]
     reads: np.ndarray  # [samples] tokens, mean per step and layer; NaN without a step
+    guard: Mapping[str, np.ndarray]  # [samples] each: `guard.Report`; empty without a guard
 
 
 def of_task(
@@ -252,18 +254,23 @@ def ask(
     order = sorted(range(count), key=lambda i: len(questions.prompts[i]))
     tokens: list[np.ndarray] = [np.zeros(0, np.int32)] * count
     reads = np.full(count, np.nan)
+    guard: dict[str, np.ndarray] = {}
     for first in range(0, count, batch_size):
         batch = order[first : first + batch_size]
         prompts = [questions.prompts[i] for i in batch]
         # the last batch is filled up: it takes the others' program
         fill = (min(batch_size, count) - len(batch)) * [prompts[-1][:1]]
         numbers = [*batch, *[batch[-1]] * len(fill)]
-        made, read_ = method([*prompts, *fill], questions.new_tokens, questions.length, numbers)
+        made, read, counts = method(
+            [*prompts, *fill], questions.new_tokens, questions.length, numbers
+        )
         for place, number in enumerate(batch):
-            tokens[number], reads[number] = made[place].tokens, read_[place]
+            tokens[number], reads[number] = made[place].tokens, read[place]
+        for name, values in counts.items():
+            guard.setdefault(name, np.zeros(count, values.dtype))[batch] = values[: len(batch)]
         if progress is not None:
             progress.advance(len(batch))
-    return Answers(tokens, reads)
+    return Answers(tokens, reads, guard)
 
 
 def scores(questions: Questions, speaker: Speaker, answers: Answers) -> list[float] | None:

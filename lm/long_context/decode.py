@@ -83,14 +83,7 @@ class Statistics:
         reads = float(self.reads.sum()) / (steps * len(self.reads)) if steps else None
         found = {"tokens_read": reads, **policy.summarize(self.policy)}
         if self.guard:
-            checks = int(self.guard["checks"].sum())
-            wrong = int(self.guard["disagreements"].sum())
-            found["guard"] = {
-                "checks": checks,
-                "disagreements": wrong,
-                "kl": float(self.guard["kl"].sum()) / checks if checks else None,
-                "dense_steps": int(self.guard["dense_steps"].sum()),
-            }
+            found["guard"] = guards.summary(self.guard)
         return found
 
 

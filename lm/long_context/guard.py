@@ -7,10 +7,12 @@ sees what earlier selected steps wrote.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.long_context import cache
 from lm.long_context.cache import Buffers
@@ -39,6 +41,18 @@ class Report:
     def empty(cls, batch: int) -> "Report":
         zeros = jnp.zeros(batch, jnp.int32)
         return cls(zeros, zeros, jnp.zeros(batch, jnp.float32), jnp.zeros(batch, bool), zeros)
+
+
+def summary(counts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What the reports of several sequences say together; counts: the fields of `Report`, [B] each.
+    `kl` is the mean of the checks, None without one."""
+    checks = int(counts["checks"].sum())
+    return {
+        "checks": checks,
+        "disagreements": int(counts["disagreements"].sum()),
+        "kl": float(counts["kl"].sum()) / checks if checks else None,
+        "dense_steps": int(counts["dense_steps"].sum()),
+    }
 
 
 def guarded(

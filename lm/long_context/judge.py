@@ -19,7 +19,7 @@ import numpy as np
 from lm import prompting, setup, tuned
 from lm.config import SamplingConfig
 from lm.errors import UserError
-from lm.long_context import asking, decode, longbench, quality, samples, tasks
+from lm.long_context import asking, decode, guard, longbench, quality, samples, tasks
 from lm.long_context.asking import Questions
 from lm.long_context.config import LongContextConfig
 from lm.long_context.methods import DENSE, Methods
@@ -225,6 +225,7 @@ class Judge:
             "scores": asking.scores(questions, self.speaker, answers),
             "tokens": [ids.tolist() for ids in answers.tokens],
             "reads": None if np.isnan(reads).all() else float(np.nanmean(reads)),
+            "guard": guard.summary(answers.guard) if answers.guard else None,
         }
         self._answers[asked.key] = made
         if self.workdir is not None:
@@ -282,6 +283,7 @@ class Judge:
             "agreement_ci95": list(quality.interval(made["agreement"])),
             "edit_distance": float(np.mean(made["edit_distance"])),
             "tokens_read": made["reads"],
+            "guard": made.get("guard"),
             "samples": len(questions.prompts),
             "longest_prompt": longest,
             "seed": questions.seed,
@@ -322,7 +324,7 @@ class Judge:
                 after=after,
             )
             steps = np.where(statistics.steps > 0, statistics.steps, np.nan)
-            return made, statistics.reads.mean(axis=0) / steps
+            return made, statistics.reads.mean(axis=0) / steps, statistics.guard
 
         return method
 

@@ -99,6 +99,7 @@ def test_a_users_prompts_cost_agreement_and_time(opened, tmp_path):
     assert (dense["task"], dense["length"], dense["longest_prompt"]) == ("mine", 400, 387)
     assert {"prefill_ms", "token_ms_p50", "token_ms_p95", "tokens_per_s"} <= mine.keys()
     assert mine["tokens_read"] == 64
+    assert mine["guard"] is dense["guard"] is None
     # without right answers agreement alone is compared
     file.write_text(
         "plain text, a prompt of its own " * 12
@@ -166,6 +167,19 @@ def test_a_template_may_trim_a_context_and_hold_its_words(
             assert first == opened[:before] + kept
         else:
             assert made.contexts == ()
+
+
+def test_rows_say_what_the_guard_found(opened, tmp_path):
+    table = Methods(dataclasses.replace(SELECT, guard_every=2))
+    options = dataclasses.replace(PAIR, methods=("token_select",), batch_size=2)
+    dense, mine = evaluate.run(CONFIG, table, tmp_path, options, Workdir(tmp_path))["rows"]
+    assert dense["guard"] is None
+    found = mine["guard"]
+    # three questions, of which the last shares its batch with one that only fills it up
+    assert found["checks"] == 3 * ((tasks.find("passkey").new_tokens - 1) // 2)
+    assert 0 <= found["disagreements"] <= found["checks"]
+    assert found["kl"] > 0
+    assert found["dense_steps"] == 0
 
 
 def test_one_program_serves_all_batches(speaker):
