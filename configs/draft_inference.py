@@ -118,8 +118,8 @@ def colab_draft() -> ConfigDict:
 
 
 def retrieval() -> ConfigDict:
-    """27 M parameters; 192 tokens are 9 % of 2,048. Each of three trained pairs
-    (--config.train.seed) is evaluated with as many seeds of samples."""
+    """27 M parameters; 192 tokens are 9 % of 2,048. Each trained pair (`study --pairs`) is
+    evaluated with three seeds of samples."""
     draft = _draft(budget=192, window=32, prompt_budget=512, prompt_window=32, near=16)
     draft.seeds = (0, 1, 2)
     return long_context.of_method(long_context.retrieval(), draft=draft)
