@@ -66,6 +66,10 @@ def config(cls: type[C] = Config, flag: str = "config") -> C:
     own = FLAGS.find_module_defining_flag("data") == __name__
     if flag == "config" and own and FLAGS.data is not None:
         values.setdefault("data", {})["source"] = FLAGS.data
+    source = values.get("data", {}).get("source")
+    if isinstance(source, str) and os.path.exists(source):
+        # as it is recorded: what was held out is found again from any directory
+        values["data"]["source"] = os.path.abspath(source)
     return freeze(values, cls)
 
 

@@ -29,6 +29,8 @@ def main() -> dict[str, object]:
         params,
         FAMILY.value,
         tokenizer=resolved.tokenizer,
+        # a tokenizer without a template of its own gets none by default
+        template=resolved.template if resolved.config.data.template else None,
         dtype=DTYPE.value,
         overwrite=OVERWRITE.value,
     )

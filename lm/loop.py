@@ -19,7 +19,7 @@ import numpy as np
 
 from lm import checkpoint, hardware, train
 from lm.config import Config
-from lm.errors import RunError
+from lm.errors import RunError, UserError
 from lm.progress import Progress, say
 from lm.sharding import Sharding
 from lm.workdir import Workdir
@@ -70,12 +70,14 @@ def fit(job: Job, workdir: Workdir) -> Result:
     store = checkpoint.Checkpoints(workdir.checkpoints, config.keep_checkpoints)
     try:
         state, loss, seconds = _start(job, optimizer, store)
-        workdir.record(job.requested)
         step = int(state.step)
         workdir.truncate_metrics(step)
-        if step >= job.total_steps:
+        if step >= job.total_steps:  # whatever is asked now, the config is of what was trained
             say(f"{workdir.path}: already trained to step {step}")
             return Result(step, loss, state, seconds)
+        if job.profile and job.total_steps - step < _TRACED:
+            raise UserError(f"--profile traces steps 3 to {_TRACED}: fewer are left")
+        workdir.record(job.requested)
         return _run(job, workdir, store, optimizer, state, seconds)
     finally:
         store.close()
@@ -227,6 +229,9 @@ class _Stop:
             signal.signal(signal.SIGTERM, self._previous)
 
 
+_TRACED = 5  # the last step of a profile
+
+
 class _Trace:
     """A JAX profile of the third to the fifth step, after compilation has settled."""
 
@@ -238,6 +243,6 @@ class _Trace:
             jax.profiler.start_trace(self._directory)
 
     def __exit__(self, *_):
-        if self._directory and self._index == 5:
+        if self._directory and self._index == _TRACED:
             jax.profiler.stop_trace()
             say(f"trace of 3 steps in {self._directory}")

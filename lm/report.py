@@ -5,10 +5,11 @@ Every figure and table is made again from the rows, nothing is measured here. Wh
 not hold is left out, with a line that says which command would add it.
 """
 
+import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -85,6 +86,7 @@ _SHOWN = {  # columns of kinds whose rows hold more than fits a page
 _PARTS = ("target", "draft")  # runs within a run, shown with it
 _SETTING = (
     *("method", "depth", "key", "context", "batch", "lambda", "round", "threads", "prompt_tokens"),
+    *("setting", "seed"),
 )
 _STAGE = ("stage", "by", "mode", "tokens", "shadow")
 _METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
@@ -253,20 +255,35 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     if trained:
         found["loss_by_step"] = plots.loss_by_step(trained)
         found["loss_by_time"] = plots.loss_by_time(trained)
-    depths = latest([row for run in runs for row in _depths(run)])
+    depths = _rows(runs, _depths)
     if depths:
         found["exact_match"] = plots.exact_match_by_depth(depths)
     plan = _first_plan(runs)
     if plan is not None:
         found["plan"] = plots.costs(plan["modes"])
-    measured = [row for row in latest(_benchmarks(runs)) if row.get("step_ms") is not None]
+    measured = [row for row in _benchmarks(runs) if row.get("step_ms") is not None]
     if measured:
         found["speed"] = plots.speed(measured)
     return found
 
 
 def _benchmarks(runs: Sequence[Run]) -> list[Row]:
-    return [row for run in runs for row in run.benchmarks]
+    return _rows(runs, lambda run: run.benchmarks)
+
+
+def _rows(runs: Sequence[Run], kind: Callable[[Run], Sequence[Row]]) -> list[Row]:
+    """The latest rows of every run; a method that several have has the run's name with its own."""
+    found = [(run, latest(kind(run))) for run in runs]
+    methods = collections.Counter(
+        method for _, rows in found for method in {row.get("method") for row in rows}
+    )
+    return [
+        {**row, "method": f"{row['method']} ({run.path.name})"}
+        if row.get("method") is not None and methods[row["method"]] > 1
+        else row
+        for run, rows in found
+        for row in rows
+    ]
 
 
 def _depths(run: Run) -> list[Row]:
@@ -279,7 +296,7 @@ def latest(rows: Sequence[Row] | Any) -> list[Row]:
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         keys = _STAGE if "stage" in row else _SETTING
-        found[tuple(row.get(key) for key in keys)] = row
+        found[tuple(str(row.get(key)) for key in keys)] = row
     return list(found.values())
 
 
@@ -320,7 +337,7 @@ def _summary(runs: Sequence[Run]) -> Section | None:
         blocks = [
             _hint(
                 "No comparison: what the modes cost on this data, and what quality they reach.",
-                _command(runs[0], "compare", " --modes=tree,n_pass --config=..."),
+                _command(runs[0], "compare", "_compared --modes=tree,n_pass --config=..."),
             )
         ]
     return Section("What it saves, what it costs", tuple(blocks))
@@ -343,7 +360,7 @@ def verdict(measured: Mapping[str, Row]) -> list[str]:
     first, last = measured[names[0]], measured[names[-1]]
     shares = [row.get("exact_match") for row in (first, last)]
     counts = [row.get("n") for row in (first, last)]
-    if None in shares or None in counts or first is last:
+    if None in shares or not all(counts) or first is last:
         return []
     low, high = plots.difference(shares[0], counts[0], shares[1], counts[1])
     how = "no difference beyond chance" if low <= 0 <= high else "a difference beyond chance"
@@ -410,11 +427,14 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
         )
     kinds = dict.fromkeys(row.get("kind", "evaluate") for run in runs for row in run.evaluations)
     for kind in kinds:
-        rows = [
-            row for run in runs for row in run.evaluations if row.get("kind", "evaluate") == kind
-        ]
+        rows = _rows(
+            runs,
+            lambda run, kind=kind: [
+                row for row in run.evaluations if row.get("kind", "evaluate") == kind
+            ],
+        )
         title = _TITLES.get(kind, f"Rows of {kind}")
-        blocks.append(tables.table(latest(rows), title, _SHOWN.get(kind)))
+        blocks.append(tables.table(rows, title, _SHOWN.get(kind)))
     if not any(row.get("exact_match") is not None for run in runs for row in run.evaluations):
         hint = "No evaluation by generation."
         blocks.append(_hint(hint, _command(runs[0], "evaluate")))
@@ -422,7 +442,7 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
 
 
 def _speed(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
-    rows = latest(_benchmarks(runs))
+    rows = _benchmarks(runs)
     if not rows:
         hint = "No benchmark: step time and memory of the modes beside each other on this device."
         command = _command(runs[0], "benchmark", " --modes=tree,n_pass --config=...")

@@ -265,7 +265,7 @@ def is_hf(path: pathlib.Path) -> bool:
         raise UserError(
             f"{path}: no readable config.json; neither a checkpoint nor a workdir"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path}/config.json: {error}") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}/config.json: not a JSON object")
@@ -343,7 +343,8 @@ def restored(setup: Setup, workdir: Workdir) -> Restored:
         trained, beside = trained.get("params"), trained["head"]
     if trained is None:
         return Restored(whole_model(setup, None), beside, found.step)
-    return Restored(train.merge(trained, frozen_params(setup, None)), beside, found.step)
+    # in float32, as what a run without adapters restores: they are merged into it
+    return Restored(train.merge(trained, _part(setup, None, 1, "float32")), beside, found.step)
 
 
 def abstract_trained(model: ModelConfig) -> transformer.Params:

@@ -76,6 +76,7 @@ def run(
         raise UserError("a study runs on one process")
     if minutes is not None and not minutes > 0:
         raise UserError(f"--minutes={minutes} must be above 0")
+    workdir.refuse_run()
     workdir.create(config)
     workdir.record(config)
     study, found, name = Study(workdir, Clock(minutes)), None, stage

@@ -47,6 +47,15 @@ class Workdir:
         if not jax.process_index() and (self.path / "config.json").exists():
             _log_differences(to_dict(self.config(type(config))), to_dict(config))
 
+    def refuse_run(self) -> None:
+        """Raises UserError where a run was trained here: the config of what holds several runs
+        would replace its own."""
+        if self.checkpoints.exists():
+            raise UserError(
+                f"{self.path} holds a trained run: take another --workdir, in which models get "
+                "folders of their own"
+            )
+
     def record(self, config: Config) -> None:
         """Writes config.json and env.json: once it is sure that this config can run here."""
         if jax.process_index():
@@ -71,7 +80,7 @@ class Workdir:
             values = json.loads((self.path / "config.json").read_text())
         except OSError as error:
             raise UserError(f"{self.path} is not a workdir: no readable config.json") from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{self.path}/config.json: {error}") from error
         if not isinstance(values, dict):
             raise UserError(f"{self.path}/config.json: not a JSON object")

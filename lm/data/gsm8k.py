@@ -6,6 +6,7 @@ user asks the question, the solution's steps are the thought, the response is "T
 """
 
 import dataclasses
+import decimal
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -84,9 +85,9 @@ def response(number: str) -> str:
 
 
 def answer(content: str) -> str | None:
-    """The final answer that a response states, as a plain number ("$1,200" is "1200"), or None."""
+    """The final answer that a response states, as a plain number: of "$1,200.00" 1200."""
     found = _STATED.findall(_plain(content))
-    return found[-1] if found else None
+    return format(decimal.Decimal(found[-1]).normalize(), "f") if found else None
 
 
 def expected(conversation: Conversation) -> list[str | None]:

@@ -87,6 +87,18 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def _decoded(text: str, what: str) -> Any:
+    """The value of JSON in a string of a record. Raises Malformed."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"{what} that holds half of a surrogate pair") from None
+    except (ValueError, RecursionError):
+        raise Malformed(f"{what} that is not JSON") from None
+    return value
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:37] + "..."
@@ -103,10 +115,7 @@ def _system(value: Any) -> tuple[Message, ...]:
 def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
     """A list of tools, or a string that holds one as JSON; an empty list is no tools."""
     if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Malformed("'tools' is a string that is not JSON") from None
+        value = _decoded(value, "'tools' is a string")
     if value is None or value == [] or value == "":
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
@@ -206,10 +215,8 @@ def _sharegpt(record: dict[str, Any]) -> tuple[Any, str, tuple[dict[str, Any], .
     if speaker not in _CALLS:
         return SHAREGPT_ROLES[speaker], _content(record["value"]), calls
     value = record["value"]
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        raise Malformed(f"the value of a {speaker} is not JSON") from None
+    if isinstance(value, str):
+        value = _decoded(value, f"the value of a {speaker} is one")
     if not value:
         raise Malformed(f"the value of a {speaker} holds no call")
     return "assistant", "", calls + _calls(value if isinstance(value, list) else [value])

@@ -21,6 +21,7 @@ from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.hf import configs, families
 from lm.hf.families import Family, Tensor
+from lm.text.chat import ChatTemplate
 from lm.text.tokenizers import Tokenizer
 
 Params = dict[str, Any]
@@ -94,6 +95,7 @@ def save(
     family: str | None = None,
     *,
     tokenizer: Tokenizer | None = None,
+    template: ChatTemplate | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     max_positions: int | None = None,
@@ -107,6 +109,7 @@ def save(
       params: nested dict of arrays, as in `lm.transformer`.
       family: architecture to export as; None takes one that can hold the model.
       tokenizer: saved beside the weights.
+      template: saved with it in place of its own.
       dtype: of the stored tensors; None keeps that of the arrays.
       shard_bytes: a file holds no more, unless one tensor alone is larger.
       max_positions: the longest sequence that config.json declares.
@@ -131,7 +134,7 @@ def save(
     _write_shards(hf_dir, _Writer(chosen, config, flat, dtype), shard_bytes)
     fields |= {"dtype": stored, "torch_dtype": stored}  # transformers 5 and 4
     if tokenizer is not None:
-        fields |= _save_tokenizer(hf_dir, tokenizer)
+        fields |= _save_tokenizer(hf_dir, tokenizer, template)
     # The config comes last: a directory without one is not mistaken for a whole checkpoint.
     _write_json(hf_dir / "config.json", fields)
 
@@ -341,9 +344,11 @@ def _clear(hf_dir: Path, overwrite: bool) -> None:
         path.unlink()
 
 
-def _save_tokenizer(hf_dir: Path, tokenizer: Tokenizer) -> dict[str, int]:
+def _save_tokenizer(
+    hf_dir: Path, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> dict[str, int]:
     """Saves it and returns the ids for config.json; generation stops at the ends of turns too."""
-    tokenizer.save(hf_dir)
+    tokenizer.save(hf_dir, None if template is None else template.stored())
     named = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
     named["pad_token_id"] = tokenizer.pad
     ids = {key: tokenizer.token_id(token) for key, token in named.items() if token is not None}

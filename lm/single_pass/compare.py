@@ -48,6 +48,7 @@ def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str
     if len(set(modes)) < 2:
         raise UserError("--modes needs at least two different ones, such as tree,n_pass")
     require_positive("train.epochs", config.train.epochs)
+    workdir.refuse_run()
     workdir.create(config)
     workdir.record(config)
     resolved = setup.resolve(config, workdir.path / "tokenizer")
@@ -61,7 +62,8 @@ def compare(config: Config, workdir: Workdir, options: Options) -> list[dict[str
         own = dataclasses.replace(resolved, config=full, requested=requested)
         folder = Workdir(workdir.path / mode.replace(":", "_"))
         row = _run(own, folder, steps, held_out, options)
-        workdir.append("compare.jsonl", {"kind": "compare", "method": mode, **row})
+        row = {"kind": "compare", "method": mode, **row}
+        workdir.append("compare.jsonl", evaluate.without_nan(row))
         rows.append(row)
     return rows
 
@@ -98,6 +100,10 @@ def _equal_steps(resolved: setup.Setup, modes: Sequence[str]) -> dict[str, tuple
         own = dataclasses.replace(config, train=train_config, data=data)
         plans[mode] = own, math.ceil(counts[mode] / size)
         say(f"{mode}: {counts[mode]} rows, {size} per step")
+    taken = {mode: count for mode, (_, count) in plans.items()}
+    if max(taken.values()) > 1.1 * min(taken.values()):
+        found = ", ".join(f"{mode} {count}" for mode, count in taken.items())
+        say(f"steps differ ({found}): a larger train.batch_size brings them together")
     return plans
 
 
@@ -111,10 +117,11 @@ def _run(
     say(f"{mode}: {job.total_steps} steps of {own.config.train.batch_size} rows")
     result = loop.fit(job, folder)
     params = train.merge(result.state.params, job.frozen)
-    found = evaluate.evaluate(own, params, held_out)
+    asked = evaluate.Options(job.sharding, own.config.train.implementation or None)
+    found = evaluate.evaluate(own, params, held_out, asked)
     for row in found.rows:
         row = {"kind": "evaluate", "method": mode, "step": result.step, **row}
-        folder.append("eval.jsonl", row | {"seed": own.config.train.seed})
+        folder.append("eval.jsonl", evaluate.without_nan(row) | {"seed": own.config.train.seed})
     hours = result.seconds / 3600 * jax.device_count()
     row = {
         "mode": mode,

@@ -141,7 +141,7 @@ def run(
     }
     measured = found.timing.summary(found.timed_sequences)
     for row in found.rows:
-        workdir.append("eval.jsonl", _without_nan(known | row | measured))
+        workdir.append("eval.jsonl", without_nan(known | row | measured))
     whole = {"exact_match": found.exact_match, "loss": found.loss, "n": found.n}
     return {"rows": found.rows} | whole | known | measured, found.transcripts
 
@@ -169,7 +169,7 @@ def _setting(config: Config) -> str:
     return ", ".join([config.data.policy, *parts])
 
 
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: null stands for what there was nothing to measure of."""
     nan = {key for key, value in row.items() if isinstance(value, float) and math.isnan(value)}
     return {key: None if key in nan else value for key, value in row.items()}

@@ -45,6 +45,13 @@ class ChatTemplate:
     )
     date: datetime.date | None = None  # what the template takes for today; None: today
 
+    def stored(self) -> str | list[dict[str, str]]:
+        """As a tokenizer's files hold it."""
+        if self.tool_source is None:
+            return self.source
+        named = {"default": self.source, "tool_use": self.tool_source}
+        return [{"name": name, "template": source} for name, source in named.items()]
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that decides a rendering, the conversation apart."""

@@ -129,7 +129,10 @@ class _Common:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
 
-    def save(self, directory: str | Path) -> None:
+    def save(
+        self, directory: str | Path, chat_template: str | list[dict[str, str]] | None = None
+    ) -> None:
+        own = self.chat_template if chat_template is None else chat_template
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -140,13 +143,13 @@ class _Common:
         }
         # An older list of added tokens would contradict tokenizer.json.
         settings.pop("added_tokens_decoder", None)
-        if self.chat_template is not None:
-            settings["chat_template"] = self.chat_template
+        if own is not None:
+            settings["chat_template"] = own
         (directory / "tokenizer.json").write_text(self.definition, encoding="utf-8")
         _write_json(directory / "tokenizer_config.json", settings)
         _write_json(directory / "special_tokens_map.json", dict(self.special_tokens))
-        if isinstance(self.chat_template, str):
-            (directory / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        if isinstance(own, str):
+            (directory / "chat_template.jinja").write_text(own, encoding="utf-8")
 
 
 class ByteTokenizer(_Common):
