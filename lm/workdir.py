@@ -38,7 +38,9 @@ class Workdir:
         return self.path / "checkpoints"
 
     def create(self, config: Config) -> None:
-        """Makes the directory; says what differs from an earlier run in it."""
+        """Makes the directory; says what differs from an earlier run in it. Raises UserError."""
+        if config.init_from and os.path.realpath(config.init_from) == os.path.realpath(self.path):
+            raise UserError(f"init_from is the workdir itself, {self.path}: take another --workdir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "plots").mkdir(exist_ok=True)

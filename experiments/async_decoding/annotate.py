@@ -20,8 +20,6 @@ The last line is {"out": path, "conversations": n, "answers": n, "annotated": n,
 "dropped": n, "promises": n, "refused": {reason: n}}.
 """
 
-import dataclasses
-
 from absl import flags
 
 from experiments import cli
@@ -57,7 +55,7 @@ def main() -> dict[str, object]:
         config = annotate.RuleConfig(GAIN.value)
         annotator = annotate.ANNOTATORS[ANNOTATOR.value](tokenizer, config)
     report = annotate.write(reader, annotator, OUT.value)
-    return {"out": OUT.value, **dataclasses.asdict(report)}
+    return {"out": OUT.value, **vars(report), "refused": dict(report.refused)}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ the last row.
 """
 
 import dataclasses
-import itertools
 import pathlib
 from typing import Any
 
@@ -113,18 +112,16 @@ def _model(config: RunConfig) -> tuple[Run, transformer.Params]:
 
 def _works(config: RunConfig, run: Run) -> list[Work]:
     """The first held-out answers. Raises UserError where there are none."""
-    setup, tokenizer = run.setup, run.setup.tokenizer
+    data = dataclasses.replace(run.setup.config, data=config.data, threads=config.threads)
+    asked = dataclasses.replace(run, setup=dataclasses.replace(run.setup, config=data))
     source = runs.conversations(config, "validation")
-    examples = itertools.chain.from_iterable(
-        training.examples_of(source[index], setup.template, tokenizer)
-        for index in range(len(source))
-    )
-    end = training.end_of_turn(setup.template, tokenizer)
     works = []
-    for example in itertools.islice(examples, ANSWERS.value):
-        program = training.encoded(example, tokenizer, end, recount=config.threads.recount)
-        text = language.encode_prompt(language.render(example.program), tokenizer)
-        works.append(Work(program, len(text) + 1))
+    for example, program in training.decodable(asked, source):
+        text = language.encode_prompt(language.render(example.program), run.setup.tokenizer)
+        if len(text):  # nothing to time otherwise
+            works.append(Work(program, len(text) + 1))
+        if len(works) == ANSWERS.value:
+            break
     if not works:
         raise UserError(f"{config.data.source} has no held-out answers")
     return works

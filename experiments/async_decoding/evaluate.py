@@ -28,6 +28,7 @@ status 1 when a --require does not hold for the last row.
 
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -36,7 +37,7 @@ from absl import flags
 from experiments import cli, compositions, gate
 from experiments.async_decoding import compose_flags, endpoint_flags
 from lm import prompting, setup
-from lm.async_decoding import composed, evaluate, judge, quality, samplers
+from lm.async_decoding import composed, evaluate, judge, quality, runs, samplers
 from lm.async_decoding import compositions as names
 from lm.async_decoding.compositions import NONE
 from lm.async_decoding.config import AsyncConfig
@@ -73,6 +74,8 @@ def main() -> dict[str, Any]:
     rows = [_judged(path) for path in JUDGEMENTS.value]
     if not CHECKPOINT.value and not rows:
         raise UserError("give --checkpoint or --judgements")
+    if JUDGE.value and not CHECKPOINT.value:
+        raise UserError("--judge needs --checkpoint")
     if CHECKPOINT.value:
         rows += _measured(list(map(pathlib.Path, CHECKPOINT.value)))
     elif EXPORT.value:
@@ -98,9 +101,10 @@ def _measured(paths: list[pathlib.Path]) -> list[dict[str, Any]]:
         threads=THREADS.value,
         seed=SEED.value,
         compose=COMPOSE.value,
-        compose_parts=repr(parts),
+        compose_parts=json.dumps([repr(parts), _weights(parts.draft), _weights(parts.heads)]),
         judge=_judge(),
         judge_name=JUDGE.value if JUDGE.value != "endpoint" else str(cli.FLAGS.model),
+        judge_parts=_weights(JUDGE.value) or str(cli.FLAGS.url),
     )
     baseline = pathlib.Path(BASELINE.value) if BASELINE.value else None
     pieces = None if COMPOSE.value == NONE else functools.partial(_pieces, parts)
@@ -109,6 +113,16 @@ def _measured(paths: list[pathlib.Path]) -> list[dict[str, Any]]:
     if EXPORT.value:
         evaluate.export(list(dict.fromkeys(paths)), rows, pathlib.Path(EXPORT.value))
     return rows
+
+
+def _weights(path: str) -> list[tuple[str, int, int]]:
+    """What tells the weights of a directory from others that stood there before."""
+    found = [one for one in pathlib.Path(path).rglob("*") if one.is_file()] if path else []
+    return sorted(
+        (str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns)
+        for one in found
+        if one.suffix == ".safetensors" or "checkpoints" in one.parts
+    )
 
 
 def _pieces(parts: compositions.Parts, run: Run, params: Params) -> Pieces:
@@ -124,8 +138,10 @@ def _judge() -> judge.Judge | None:
     if not JUDGE.value:
         return None
     path = pathlib.Path(JUDGE.value)
-    load = prompting.load_hf if setup.is_hf(path) else prompting.load_workdir
-    return judge.by_checkpoint(load(path))
+    if setup.is_hf(path):
+        return judge.by_checkpoint(prompting.load_hf(path))
+    # after preference optimisation the weights are those of a round
+    return judge.by_checkpoint(prompting.load_workdir(runs.newest(path)))
 
 
 def _judged(path: str) -> dict[str, Any]:

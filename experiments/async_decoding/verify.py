@@ -42,16 +42,8 @@ CORRUPT = flags.DEFINE_enum("corrupt", None, list(verify.CORRUPTIONS), "plant th
 def main() -> dict[str, object]:
     config = cli.config(AsyncConfig).run()
     resolved = runs.resolve(config)
-    tokenizer, template = resolved.setup.tokenizer, resolved.setup.template
     source = runs.conversations(config, "all")
-    end = training.end_of_turn(template, tokenizer)
-    examples = (
-        example
-        for index in range(len(source))
-        for example in training.examples_of(source[index], template, tokenizer)
-    )
-    recount = config.threads.recount
-    programs = [training.encoded(example, tokenizer, end, recount=recount) for example in examples]
+    programs = [program for _, program in training.decodable(resolved, source)]
     model = dataclasses.replace(resolved.setup.model, dtype="float32")
     params = transformer.init(model, jax.random.key(config.train.seed))
     implementation = cli.implementation()

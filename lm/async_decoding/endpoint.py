@@ -373,8 +373,8 @@ def _parsed(data: Mapping[str, Any]) -> Reply:
             {one["token"]: float(one["logprob"]) for one in token.get("top_logprobs") or [token]}
             for token in listed
         ),
-        tokens_in=int(usage.get("prompt_tokens", 0)),
-        tokens_out=int(usage.get("completion_tokens", 0)),
+        tokens_in=int(usage.get("prompt_tokens") or 0),
+        tokens_out=int(usage.get("completion_tokens") or 0),
     )
 
 

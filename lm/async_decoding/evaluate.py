@@ -61,7 +61,8 @@ class Options:
     threads: blocks that are written at once.
     compose: a text of `compositions`, what the decoder is put together with; compose_parts: what it
       takes, as answers depend on it. Answers in a row, and SoT's, are written without.
-    judge: says how often an answer beats the baseline's; judge_name tells its rows from others'.
+    judge: says how often an answer beats the baseline's; judge_name tells its rows from others',
+      judge_parts those of what had its name before.
     """
 
     scorer: str = "requests"
@@ -72,6 +73,7 @@ class Options:
     compose_parts: str = ""
     judge: Judge | None = None
     judge_name: str = ""
+    judge_parts: Any = ""
 
     def __post_init__(self) -> None:
         require_positive("--batch_size", self.batch_size)
@@ -113,6 +115,10 @@ def run(
     if not paths:
         raise UserError("which checkpoint? give at least one")
     first = baseline or next((path for path in paths if form_of(path) == "plain"), None)
+    if first is not None and form_of(first) != "plain":
+        raise UserError(f"--baseline={first}: no run that writes in a row (threads.form=plain)")
+    if first is None and options.judge is not None:
+        raise UserError("--judge compares with a sequential run: name one as --baseline")
     if first is None:
         say("no sequential run among the checkpoints: no speed-ups (--baseline names one)")
     asked = questions(config, [*paths, *filter(None, [first])])
@@ -352,8 +358,15 @@ def row_of(
         "seed": options.seed,
         "compose": options.compose if composes else compositions.NONE,
         "key": "-".join([found.key, *([] if against is None else [against.key]),
-                         *([options.judge_name] if options.judge else [])]),
+                         *([_judge_key(options)] if options.judge else [])]),
     }  # fmt: skip
+
+
+def _judge_key(options: Options) -> str:
+    if not options.judge_parts:
+        return options.judge_name
+    parts = json.dumps(options.judge_parts).encode()
+    return f"{options.judge_name} {hashlib.sha256(parts).hexdigest()[:12]}"
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lm.data.conversations import RecordReader
 from lm.data.messages import Conversation, Message
 from lm.data.records import Malformed, parse_record
 
+_WHOLE = ("messages", "conversations")  # a record with these has answers beside its prompt
 _FORMS = (("instruction", "output"), ("prompt", "reference"))
 
 
@@ -36,9 +37,8 @@ def read(
 
 def parse(record: Any, file: str = "", line: int = 0) -> Conversation:
     """One record; `Malformed` with the reason when it is none of the forms."""
-    names = next(
-        (form for form in _FORMS if isinstance(record, Mapping) and form[0] in record), None
-    )
+    plain = isinstance(record, Mapping) and not any(record.get(key) for key in _WHOLE)
+    names = next((form for form in _FORMS if plain and form[0] in record), None)
     if names is None:
         return parse_record(record, file=file, line=line)
     asked, answer = _text(record, names[0]), _text(record, names[1], missing="")

@@ -74,6 +74,7 @@ def run(
     """
     if jax.process_count() > 1:
         raise UserError("preference optimisation runs on one process")
+    workdir.refuse_run()
     _check_pairs(config, workdir)
     workdir.create(config)
     workdir.record(config)
@@ -91,7 +92,8 @@ def run(
 
 def _check_pairs(config: RunConfig, workdir: Workdir) -> None:
     """Raises UserError where pairs were chosen, or rows written, under other settings."""
-    if not any(workdir.path.glob(f"{runs.ROUND}*/{PAIRS}")):
+    rows = any(row.get("kind") == KIND for row in workdir.rows("eval.jsonl"))
+    if not rows and not any(workdir.path.glob(f"{runs.ROUND}*/{PAIRS}")):
         return
     before = workdir.config(type(config))
     changed = [
@@ -102,7 +104,7 @@ def _check_pairs(config: RunConfig, workdir: Workdir) -> None:
     changed += ["data.seq_len"] * (before.data.seq_len != config.data.seq_len)
     if changed:
         raise UserError(
-            f"{workdir.path} holds pairs of other settings ({', '.join(changed)}): use another "
+            f"{workdir.path} holds rounds of other settings ({', '.join(changed)}): use another "
             "workdir"
         )
 
@@ -160,10 +162,14 @@ class _Study:
 
     def _baseline_lengths(self, questions: Sequence[Question]) -> list[int]:
         """Of a sequential run's greedy answers, kept in a file."""
-        about = {"baseline": str(self.own.baseline)}
+        sampling = json.loads(json.dumps(dataclasses.asdict(self.config.sampling)))
+        about = {"baseline": str(self.own.baseline), "sampling": sampling}
         rows = self.workdir.rows(BASELINE)
         if rows and rows[0] != about:
-            raise UserError(f"{self.workdir.path / BASELINE} is of {rows[0].get('baseline')}")
+            changed = ", ".join(key for key in about if rows[0].get(key) != about[key])
+            raise UserError(
+                f"{self.workdir.path / BASELINE} is of another {changed}: use another workdir"
+            )
         known = {row["prompt"]: row["tokens"] for row in rows[1:]}
         prompts = [question.prompt for question in questions]
         missing = [prompt for prompt in dict.fromkeys(prompts) if _digest(prompt) not in known]
@@ -251,6 +257,8 @@ class _Round:
                 f"{self.place.path / SAMPLES} holds samples of other settings "
                 f"({', '.join(changed)}): use another workdir"
             )
+        if rows and len(rows) <= len(self.asked):  # prompts drawn together share a seed
+            rows = rows[: 1 + (len(rows) - 1) // own.prompts_at_once * own.prompts_at_once]
         # a line that a kill cut short is written again
         self.place.write(SAMPLES, "".join(json.dumps(row) + "\n" for row in rows or [about]))
         done, count = max(len(rows) - 1, 0), len(self.asked)

@@ -168,8 +168,11 @@ def program_of(reply: Reply, answer: str) -> Program:
     program = language.parse(text)
     rendered = language.render(program)
     if rendered != answer and rendered.rstrip() == answer.rstrip():
-        text = _with_end(text, rendered, answer)
-        program = language.parse(text)
+        bare = text.rstrip("\n")  # behind blocks a line break is text of main
+        for other in (bare, bare + "\n", _with_end(text, rendered, answer)):
+            program = language.parse(other)
+            if language.render(program) == answer:
+                break
     return program
 
 

@@ -216,7 +216,10 @@ def parts_of(prompt: str) -> list[Part]:
             sentence = f"{label} {', '.join(known)}.\n"
             parts.append(Part(label, sentence, sentence))
         else:
-            parts.append(_counted(label, entries, values))
+            try:
+                parts.append(_counted(label, entries, values))
+            except (IndexError, ValueError):
+                raise ValueError(f"not a request made here: {prompt!r}") from None
     if task == _PLAN:
         best = max(values, key=values.__getitem__)
         parts.append(Part("Most", f"Most: {best}.\n", best, last=True))

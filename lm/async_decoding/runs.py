@@ -4,6 +4,7 @@ model that has rows for them."""
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -166,7 +167,10 @@ def save_tokenizer(run: Run, workdir: Workdir) -> None:
     """Keeps the tokenizer with its tags, of whatever kind it is: their ids belong to the model."""
     directory = workdir.path / "tokenizer"
     if not directory.is_dir() and not jax.process_index():
-        run.setup.tokenizer.save(directory)
+        partial = directory.with_name("tokenizer.partial")  # a run may be killed here
+        shutil.rmtree(partial, ignore_errors=True)
+        run.setup.tokenizer.save(partial)
+        partial.replace(directory)
 
 
 def newest(path: pathlib.Path) -> pathlib.Path:

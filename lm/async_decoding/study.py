@@ -211,7 +211,8 @@ class _Recipe:
         for name in self.names(stage):
             kind = "held_out" if name == "oracle" else evaluate.KIND
             made = self._digest(name)
-            for row in _of_kind(work.workdir, kind):
+            rows = [*_of_kind(work.workdir, kind), *_of_kind(work.workdir, "no_pairs")]
+            for row in rows:
                 if row["name"] == name and row["recipe"] != made:
                     raise UserError(
                         f"{work.workdir.path}: {name} was made by another config: take another "

@@ -42,6 +42,7 @@ LOST = ("malformed", "overlong", "overrun")  # counts of what is not trained
 
 def run(config: RunConfig, workdir: Workdir, profile: bool = False) -> loop.Result:
     """Trains, or goes on training, in `workdir`. Raises UserError and RunError."""
+    _check_run(config, workdir)
     workdir.create(config)
     if config.train.verify_every:
         raise UserError(
@@ -56,6 +57,25 @@ def run(config: RunConfig, workdir: Workdir, profile: bool = False) -> loop.Resu
     result = loop.fit(prepared, workdir)
     say(what_was_read(packing.statistics(prepared.data)))
     return result
+
+
+def _check_run(config: RunConfig, workdir: Workdir) -> None:
+    """Raises UserError where another kind of run is here, or one that was trained on answers in
+    another form: its name would go over to what it was not trained on."""
+    if any(workdir.path.glob(f"{runs.ROUND}*")):
+        raise UserError(f"{workdir.path} holds rounds of preference optimisation: use another")
+    if not workdir.checkpoints.exists():
+        return
+    before = workdir.config(type(config)).threads
+    changed = [
+        f"threads.{name}"
+        for name in ("form", "positions", "recount")
+        if getattr(before, name) != getattr(config.threads, name)
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir.path} was trained with another {', '.join(changed)}: use another workdir"
+        )
 
 
 def job(resolved: Run, profile: str = "") -> loop.Job:
@@ -168,6 +188,41 @@ def encoded(
     return programs.encode(program, example.prompt, tokenizer, end)
 
 
+def overruns(program: EncodedProgram) -> bool:
+    """Whether a block is longer than decoding lets it become: it would be cut off."""
+    cap = language.CAP * program.tokens
+    return any(len(b) > most for b, most in zip(program.blocks, cap, strict=True))
+
+
+def decodable(
+    resolved: Run, source: Sequence[Conversation]
+) -> Iterator[tuple[Example, EncodedProgram]]:
+    """The examples of conversations with their programs, without those that are no programs, where
+    data.on_error says so, and those that overrun; a line says how many.
+
+    Raises DataError.
+    """
+    template, tokenizer = resolved.setup.template, resolved.setup.tokenizer
+    end, left = end_of_turn(template, tokenizer), 0
+    for index in range(len(source)):
+        try:
+            examples = list(examples_of(source[index], template, tokenizer))
+        except DataError as error:
+            if resolved.setup.config.data.on_error == "stop":
+                raise
+            logging.warning("skipped %s", error)
+            continue
+        for example in examples:
+            recount = resolved.config.threads.recount
+            program = encoded(example, tokenizer, end, recount=recount)
+            if overruns(program):
+                left += 1
+            else:
+                yield example, program
+    if left:
+        say(f"{left} answers left out: a part takes more than twice its promise")
+
+
 def scheme_of(threads: ThreadConfig) -> str:
     """The scheme of positions that a form is trained under; baselines have their own."""
     return baselines.SCHEME if threads.form in ("sot", "apar") else threads.positions
@@ -222,9 +277,8 @@ class Prepared(Sequence[packing.Group]):
         program = encoded(
             example, self._setup.tokenizer, self._end, form=threads.form, recount=threads.recount
         )
-        cap = language.CAP * program.tokens
-        if any(len(b) > most for b, most in zip(program.blocks, cap, strict=True)):
-            return "overrun"  # decoding would cut it off
+        if overruns(program):
+            return "overrun"
         excess = program.size - data.seq_len
         if excess > 0:
             if data.overlong == "drop" or excess >= len(program.prompt):

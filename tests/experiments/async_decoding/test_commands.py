@@ -102,6 +102,14 @@ def test_annotated_files_are_trained(tmp_path):
     result, _ = commands.run("async_decoding.annotate", f"--data={file}", f"--out={out}")
     assert result["annotated"] == result["answers"] == 1
     assert result["refused"] == {}
+    tagged = [messages[0], {"role": "assistant", "content": "Here <sync/> waits."}]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps({"messages": one}) + "\n" for one in (messages, tagged)))
+    report, _ = commands.run(
+        "async_decoding.annotate", f"--data={mixed}", f"--out={tmp_path / 'some.jsonl'}"
+    )
+    assert (report["annotated"], report["dropped"]) == (1, 1)
+    assert list(report["refused"].values()) == [1]
     content = json.loads(out.read_text())["messages"][1]["content"]
     assert language.render(language.parse(content)) == answer
     (tmp_path / "bad.jsonl").write_text(out.read_text().replace("</async>", ""))

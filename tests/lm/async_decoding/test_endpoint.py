@@ -255,4 +255,8 @@ def test_replies_are_read_with_or_without_a_fence():
         assert language.render(prompted.program_of(Reply(text), "Yes.\n")) == "Yes.\n"
     with pytest.raises(LanguageError, match="the reply was cut off"):
         prompted.program_of(Reply(MARKED, finish="length"), ANSWER)
+    lines = "One line.\nAnother line.\n"
+    last = '<promise topic="a" tokens="10"/>Another line.\n<async topic="a">One line.\n</async>'
+    for text in (last, last + "\n", f"```\n{last}\n```"):
+        assert language.render(prompted.program_of(Reply(text), lines)) == lines
     assert json.dumps(prompted.request([Message("user", "q")], "a").body("m"))

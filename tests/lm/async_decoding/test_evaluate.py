@@ -177,6 +177,13 @@ def test_a_judge_and_an_export(folder, tmp_path):
     assert rows[1]["win_rate"] == 0
     assert rows[1]["judge"] == "longer"
     assert rows[1]["key"].endswith("-longer")
+    newer = dataclasses.replace(options, judge_parts=["retrained"])
+    again = evaluate.run(CONFIG, paths, Decoder(), newer)["rows"]
+    assert again[1]["key"] != rows[1]["key"]
+    with pytest.raises(UserError, match="--judge compares with a sequential run"):
+        evaluate.run(CONFIG, paths[1:], Decoder(), options)
+    with pytest.raises(UserError, match="no run that writes in a row"):
+        evaluate.run(CONFIG, paths[:1], Decoder(), evaluate.Options(), paths[1])
     assert evaluate.export(paths, rows, tmp_path / "out.json") == 10
     found = json.loads((tmp_path / "out.json").read_text())
     assert found[0].keys() == {"instruction", "output", "generator"}

@@ -25,10 +25,12 @@ def test_every_form_gives_questions(tmp_path):
         {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]},
     ]
+    mixed.append({"prompt": "u", **mixed[1]})  # which says less than its messages
     file.write_text("".join(json.dumps(record) + "\n" for record in mixed))
     made = list(instructions.read(file))
-    assert quality.questions(made) == [Question("p", "r"), Question("u", "a"), Question("h", "g")]
-    assert [conversation.line for conversation in made] == [1, 2, 3]
+    wanted = [Question("p", "r"), Question("u", "a"), Question("h", "g"), Question("u", "a")]
+    assert quality.questions(made) == wanted
+    assert [conversation.line for conversation in made] == [1, 2, 3, 4]
     assert quality.questions(list(instructions.read(file, limit=1))) == [Question("p", "r")]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +220,7 @@ def test_rounds_prefer_what_scores_best_and_resume(start, tmp_path):
 def test_pairs_of_another_lambda_are_not_trained_on(start, tmp_path):
     place = Workdir(tmp_path / "a")
     preference.run(config_of(start, rounds=1), place, Decoder())
-    with pytest.raises(UserError, match=r"pairs of other settings \(preference.quality_weight\)"):
+    with pytest.raises(UserError, match=r"rounds of other settings \(preference.quality_weight\)"):
         preference.run(config_of(start, rounds=1, quality_weight=0.5), place, Decoder())
     half = place.path / "round_2" / "checkpoints"
     half.mkdir(parents=True)  # killed before it saved anything
@@ -262,7 +263,7 @@ def test_a_sequential_run_gives_the_lengths(start, tmp_path):
     with pytest.raises(RunError, match="tied"):
         preference.run(config, Workdir(tmp_path), Decoder(order=(0,)))
     rows = Workdir(tmp_path).rows("baseline.jsonl")
-    assert rows[0] == {"baseline": str(start)}
+    assert rows[0]["baseline"] == str(start)
     assert len(rows) == 1 + 3 + 2  # held out, and asked in training
     question = quality.questions(runs.conversations(config, "validation"))[0]
     run, _ = runs.load(start)
@@ -270,6 +271,43 @@ def test_a_sequential_run_gives_the_lengths(start, tmp_path):
     text = variants(question.prompt)[1]
     parallel = scripted.answer_of(question.prompt, text, tokenizer, end)
     assert rows[1]["tokens"] == parallel.decoded
+    longer = dataclasses.replace(config.sampling, max_new_tokens=99)
+    shutil.rmtree(tmp_path / "round_1")
+    with pytest.raises(UserError, match=r"baseline.jsonl is of another sampling"):
+        preference.run(
+            dataclasses.replace(config, sampling=longer), Workdir(tmp_path), Decoder(order=(0,))
+        )
+
+
+def test_a_trained_run_stays_what_it_is(start, tmp_path):
+    before = (start / "config.json").read_text()
+    elsewhere = config_of(start, rounds=1)
+    with pytest.raises(UserError, match="holds a trained run: take another --workdir"):
+        preference.run(elsewhere, Workdir(start), Decoder())
+    with pytest.raises(UserError, match="init_from is the workdir itself"):
+        training.run(dataclasses.replace(CONFIG, init_from=str(start)), Workdir(start))
+    assert (start / "config.json").read_text() == before
+    assert not (start / "round_1").exists()
+    (tmp_path / "round_1").mkdir()
+    with pytest.raises(UserError, match="holds rounds of preference optimisation"):
+        training.run(CONFIG, Workdir(tmp_path))
+
+
+def test_rounds_go_on_as_they_began(start, tmp_path):
+    """Also where no pair was chosen yet, and where a kill came among prompts drawn together."""
+    config, place = config_of(start, rounds=1), Workdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        preference.run(config, place, Decoder(most=2))
+    assert not list(tmp_path.glob("round_1/pairs.jsonl"))
+    with pytest.raises(UserError, match=r"rounds of other settings \(preference.quality_weight\)"):
+        preference.run(config_of(start, rounds=1, quality_weight=8.0), place, Decoder())
+    samples = tmp_path / "round_1" / "samples.jsonl"
+    rows = samples.read_text().splitlines(keepends=True)
+    assert len(rows) == 1 + 2
+    samples.write_text("".join(rows[:2]))  # one of two prompts
+    rest = Decoder()
+    preference.run(config, place, rest)
+    assert samples.read_text().splitlines(keepends=True)[:3] == rows
 
 
 def loss_by_hand(found, reference, alpha, beta):

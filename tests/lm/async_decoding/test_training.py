@@ -157,6 +157,14 @@ def test_what_does_not_fit_is_counted_or_cut(resolved):
     assert counts(resolved.config, long).counts == {"examples": 1}
     kept = with_threads(resolved.config, recount=False)
     assert counts(kept, long).counts == {"examples": 1, "overrun": 1}
+    setup = dataclasses.replace(resolved.setup, config=with_data(kept, on_error="skip"))
+    run = dataclasses.replace(resolved, setup=setup)
+    source = [answered("a", text) for text in (long, "<sync/>", PROGRAM)]
+    ((example, program),) = training.decodable(run, source)
+    assert language.render(example.program) == language.render(language.parse(PROGRAM))
+    assert not training.overruns(program)
+    with pytest.raises(DataError, match="waits for nothing"):
+        list(training.decodable(resolved, source))
     assert training.what_was_read({"fill": 0.5, "overrun": 2}) == "rows 50.0% full; 2 overrun"
 
 
@@ -182,6 +190,9 @@ def test_runs_resume_bit_for_bit(tmp_path):
     other = dataclasses.replace(with_data(after, tokenizer="bpe:300"))
     with pytest.raises(UserError, match=r"data\.tokenizer=auto takes its own"):
         runs.resolve(other)
+    plain = with_threads(CONFIG, form="plain")
+    with pytest.raises(UserError, match=r"was trained with another threads\.form"):
+        training.run(plain, Workdir(tmp_path / "a"))
 
 
 def test_tags_are_new_rows_of_an_imported_model(tmp_path):
