@@ -143,6 +143,7 @@ class DataConfig:
         require_positive("data.window", self.window)
         require_positive("data.eval_conversations", self.eval_conversations)
         require_at_least_zero("data.limit", self.limit)
+        require_at_least_zero("data.seed", self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +199,7 @@ class TrainConfig:
         require_positive("train.keep_checkpoints", self.keep_checkpoints)
         require_at_least_zero("train.steps", self.steps)
         require_at_least_zero("train.verify_every", self.verify_every)
+        require_at_least_zero("train.seed", self.seed)
         if not self.steps:
             require_positive("train.epochs", self.epochs)
         if self.batch_size % self.accumulate:

@@ -255,7 +255,7 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     if trained:
         found["loss_by_step"] = plots.loss_by_step(trained)
         found["loss_by_time"] = plots.loss_by_time(trained)
-    depths = _rows(runs, _depths)
+    depths = rows_of(runs, _depths)
     if depths:
         found["exact_match"] = plots.exact_match_by_depth(depths)
     plan = _first_plan(runs)
@@ -268,10 +268,10 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def _benchmarks(runs: Sequence[Run]) -> list[Row]:
-    return _rows(runs, lambda run: run.benchmarks)
+    return rows_of(runs, lambda run: run.benchmarks)
 
 
-def _rows(runs: Sequence[Run], kind: Callable[[Run], Sequence[Row]]) -> list[Row]:
+def rows_of(runs: Sequence[Run], kind: Callable[[Run], Sequence[Row]]) -> list[Row]:
     """The latest rows of every run; a method that several have has the run's name with its own."""
     found = [(run, latest(kind(run))) for run in runs]
     methods = collections.Counter(
@@ -427,7 +427,7 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
         )
     kinds = dict.fromkeys(row.get("kind", "evaluate") for run in runs for row in run.evaluations)
     for kind in kinds:
-        rows = _rows(
+        rows = rows_of(
             runs,
             lambda run, kind=kind: [
                 row for row in run.evaluations if row.get("kind", "evaluate") == kind

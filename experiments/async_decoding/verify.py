@@ -34,6 +34,7 @@ LOGITS = flags.DEFINE_integer(
     8,
     "of the data and of the random programs, compare the logits of so many each; half "
     "as many go through the decoder",
+    lower_bound=0,
 )
 cli.define_implementation()
 CORRUPT = flags.DEFINE_enum("corrupt", None, list(verify.CORRUPTIONS), "plant this error")

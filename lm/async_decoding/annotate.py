@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lm.async_decoding import language
 from lm.async_decoding.language import Item, LanguageError, Program, Promise, Sync, Text
+from lm.config import require_at_least_zero
 from lm.data import conversations
 from lm.data.conversations import Conversation, Message
 from lm.text.tokenizers import Tokenizer
@@ -60,6 +61,9 @@ class RuleConfig:
 
     gain: float = 1.5
     topic_words: int = 3
+
+    def __post_init__(self) -> None:
+        require_at_least_zero("--gain", self.gain)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,6 +166,8 @@ class Endpoint:
         rng: random.Random | None = None,
     ):
         self.config, self._file = config, pathlib.Path(file)
+        if not self._file.parent.is_dir():  # before replies are paid for that could not be kept
+            raise UserError(f"{self._file}: no such directory")
         self._key = os.environ.get(config.key_env, "") if config.key_env else ""
         self._sleep, self._rng = sleep, rng or random.Random()
         self._opener = urllib.request.build_opener(_NoRedirect)

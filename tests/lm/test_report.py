@@ -4,6 +4,7 @@
 import dataclasses
 import html.parser
 import json
+import math
 
 import pytest
 
@@ -119,6 +120,10 @@ def test_several_workdirs_share_the_figures(tmp_path):
     assert labels == ["tree (first)", "tree (second)"]
     assert made.rows == 10
     assert "tree (second)" in made.html
+    # of two runs of one method, neither replaces the other
+    rows = report.rows_of(report.gather(paths), lambda run: run.evaluations)
+    assert len(rows) == 4
+    assert {row["method"] for row in rows} == {"tree (first)", "tree (second)"}
 
 
 def test_the_same_workdir_twice_counts_once(tmp_path):
@@ -154,6 +159,8 @@ def test_a_verdict_sees_a_real_difference():
     (line,) = report.verdict(rows)
     assert "a difference beyond chance" in line
     assert report.verdict({"tree": {"exact_match": 0.95}, "n_pass": {"exact_match": 0.6}}) == []
+    nothing = {"exact_match": math.nan, "n": 0}
+    assert report.verdict({"tree": nothing, "n_pass": nothing}) == []
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):

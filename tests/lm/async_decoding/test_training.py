@@ -13,7 +13,15 @@ from lm import jobs, losses, sharding, train, transformer
 from lm.async_decoding import language, layout, programs, requests, runs, simulate, training
 from lm.async_decoding.config import AsyncConfig, RunConfig, ThreadConfig
 from lm.async_decoding.requests import RequestConfig
-from lm.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lm.config import (
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 from lm.data import packing
 from lm.data.layout import EDGE_FIELDS, HIDDEN_FIELDS, ROW_FIELDS
 from lm.data.messages import Conversation, Message
@@ -190,6 +198,10 @@ def test_runs_resume_bit_for_bit(tmp_path):
     other = dataclasses.replace(with_data(after, tokenizer="bpe:300"))
     with pytest.raises(UserError, match=r"data\.tokenizer=auto takes its own"):
         runs.resolve(other)
+    # nothing is trained any more: the config stays what was trained
+    drawn = dataclasses.replace(CONFIG, sampling=SamplingConfig(temperature=0.5))
+    assert jobs.result(training.run(drawn, Workdir(tmp_path / "a"))) == first
+    assert runs.load(tmp_path / "a")[0].config.sampling == CONFIG.sampling
     plain = with_threads(CONFIG, form="plain")
     with pytest.raises(UserError, match=r"was trained with another threads\.form"):
         training.run(plain, Workdir(tmp_path / "a"))

@@ -195,6 +195,8 @@ MALFORMED = {
     "train": (messages(USER, assistant(train=False)), "'train'"),
     "tools": ({**GOOD, "tools": {"f": 1}}, "'tools' is not a list of objects"),
     "tools_string": ({**GOOD, "tools": "f"}, "'tools' is a string that is not JSON"),
+    "tools_surrogate": ({**GOOD, "tools": '[{"name": "\\ud800"}]'}, "half of a surrogate pair"),
+    "tools_deep": ({**GOOD, "tools": "[" * 5000}, "'tools' is a string that is not JSON"),
     "system_type": ({**GOOD, "system": 3}, "'system' is a number"),
     "two_systems": (
         {"system": "a", "messages": [{"role": "system", "content": "b"}, USER, ANSWER]},

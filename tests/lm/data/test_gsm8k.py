@@ -106,6 +106,8 @@ def test_malformed(tmp_path, record, reason):
     [
         ("The answer is 12.", "12"),
         ("The answer is $1,234,567.", "1234567"),
+        ("The answer is $1,200.00.", "1200"),
+        ("The answer is 5.50", "5.5"),
         ("So the answer is: -2.5", "-2.5"),
         ("The answer is 3. No, the answer is 4.", "4"),
         ("12", None),

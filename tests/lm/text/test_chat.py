@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat templates: literal renderings of the built-in ones, their sources, what is refused."""
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -350,6 +351,23 @@ def test_arguments_are_parsed_only_when_they_are_an_object(tmp_path):
     assert render({"a": 1}) == {"a": 1}
     assert render("not json") == "not json"
     assert render("[1]") == "[1]"
+
+
+def test_a_tokenizer_is_saved_with_the_template_of_its_run(tmp_path):
+    tokenizer = tokenizers.load_tokenizer("bytes")
+    used = chat.load_template("qwen3", tokenizer)
+    tokenizer.save(tmp_path / "own")
+    tokenizer.save(tmp_path / "used", used.stored())
+    asked = [{"role": "user", "content": "x"}]
+    for name, wanted in (("own", chat.load_template("chatml", tokenizer)), ("used", used)):
+        found = chat.load_template(None, tokenizers.load_tokenizer(str(tmp_path / name)))
+        assert found.source == wanted.source
+        rendered = [one.render(asked, add_generation_prompt=True) for one in (found, wanted)]
+        assert rendered[0] == rendered[1]
+    both = dataclasses.replace(used, tool_source="{{ tools }}")
+    tokenizer.save(tmp_path / "both", both.stored())
+    found = chat.load_template(None, tokenizers.load_tokenizer(str(tmp_path / "both")))
+    assert (found.source, found.tool_source) == (both.source, both.tool_source)
 
 
 def test_where_templates_come_from(tmp_path):
