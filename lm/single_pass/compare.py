@@ -2,9 +2,10 @@
 """The A/B that a team runs before it switches: several modes trained on the same data from the same
 start.
 
-All modes see the same conversations for the same epochs. The optimiser steps are made equal too: a
+All modes see the same conversations for the same epochs. The optimiser steps are made alike too: a
 mode whose rows hold fewer conversations gets proportionally more rows per step, so that a step of
-every mode trains about the same conversations and one learning rate suits all.
+every mode trains about the same conversations and one learning rate suits all. Rows per step are
+whole, so with few of them steps may differ, which a line says.
 """
 
 import dataclasses
