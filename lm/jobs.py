@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every training job is assembled with, whatever it trains."""
 
+import pathlib
 import shutil
 from collections.abc import Mapping
 
@@ -13,6 +14,7 @@ from lm.config import Config, ModelConfig
 from lm.errors import UserError
 from lm.flops import training_flops
 from lm.losses import Execution
+from lm.text.tokenizers import Tokenizer
 from lm.workdir import Workdir
 
 
@@ -20,10 +22,15 @@ def save_tokenizer(resolved: setup.Setup, workdir: Workdir) -> None:
     """Keeps a tokenizer that was trained for this run: other data would give another one."""
     directory = workdir.path / "tokenizer"
     if resolved.config.data.tokenizer.startswith("bpe:") and not directory.is_dir():
-        partial = directory.with_name("tokenizer.partial")  # a run may be killed here
-        shutil.rmtree(partial, ignore_errors=True)
-        resolved.tokenizer.save(partial)
-        partial.replace(directory)
+        save_whole(resolved.tokenizer, directory)
+
+
+def save_whole(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
+    """Saves a tokenizer so that its directory is there only once all of it is."""
+    partial = directory.with_name("tokenizer.partial")  # a run may be killed here
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save(partial)
+    partial.replace(directory)
 
 
 def check_batch(config: Config, mesh: sharding.Sharding | None) -> None:

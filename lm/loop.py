@@ -62,6 +62,7 @@ def fit(job: Job, workdir: Workdir) -> Result:
     """Trains to `job.total_steps`, resuming from the workdir's checkpoints.
 
     Raises:
+      UserError: a profile of more steps than are left.
       RunError: a non-finite loss, or a disk that cannot be written.
       SystemExit: status 143 after SIGTERM, with everything saved.
     """

@@ -5,30 +5,19 @@ Every figure and table is made again from the rows, nothing is measured here. Wh
 not hold is left out, with a line that says which command would add it.
 """
 
-import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from lm import page, plots, tables
-from lm.errors import UserError
+from lm import page, plots, report_rows, tables
 from lm.page import Code, Picture, Section, Text
+from lm.report_rows import Row, Run
 from lm.workdir import Workdir
 
-Row = Mapping[str, Any]
-
-_FILES = (
-    "config.json",
-    "plan.json",
-    "metrics.jsonl",
-    "eval.jsonl",
-    "compare.jsonl",
-    "benchmark.jsonl",
-)
 _TITLES = {
     "evaluate": "Held-out conversations, by turn",
     "verify": "Against plain causal passes over the same samples",
@@ -83,38 +72,7 @@ _SHOWN = {  # columns of kinds whose rows hold more than fits a page
         *("peak_bytes", "prefill_cache_bytes", "draft_bytes"),
     ),
 }
-_PARTS = ("target", "draft")  # runs within a run, shown with it
-_SETTING = (
-    *("method", "depth", "key", "context", "batch", "lambda", "round", "threads", "prompt_tokens"),
-    *("setting", "seed"),
-)
-_STAGE = ("stage", "by", "mode", "tokens", "shadow")
 _METRICS = ("step", "loss_per_token", "grad_norm", "step_ms", "tokens_per_s", "mfu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What one workdir holds, as it is: the config of an old run need not parse any more."""
-
-    path: pathlib.Path
-    label: str  # starts with the method
-    config: Mapping[str, Any]
-    env: Mapping[str, Any]
-    metrics: tuple[Row, ...] = ()
-    evaluations: tuple[Row, ...] = ()
-    comparison: tuple[Row, ...] = ()
-    benchmarks: tuple[Row, ...] = ()
-    plan: Mapping[str, Any] | None = None
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the run is about decoding, not about modes of training."""
-        return _decodes(self.config)
-
-    @property
-    def num_rows(self) -> int:
-        parts = (self.metrics, self.evaluations, self.comparison, self.benchmarks)
-        return sum(len(part) for part in parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,82 +84,9 @@ class Report:
     rows: int
 
 
-def gather(workdirs: Sequence[str | pathlib.Path]) -> list[Run]:
-    """Reads workdirs, and behind each one with a comparison the runs that were compared, behind one
-    of a target and a draft both.
-
-    Raises:
-      UserError: no workdirs, or a path that is none.
-    """
-    if not workdirs:
-        raise UserError("which workdir? give at least one")
-    runs = []
-    for path in dict.fromkeys(pathlib.Path(workdir) for workdir in workdirs):
-        run = _read(path)
-        runs.append(run)
-        for method in dict.fromkeys(row["method"] for row in run.comparison):
-            inner = path / method.replace(":", "_")
-            if inner.is_dir():
-                runs.append(_read(inner, method))
-        parts = [path / name for name in _PARTS]
-        runs += [_read(part, part.name) for part in parts if (part / "metrics.jsonl").is_file()]
-    return _labelled(runs)
-
-
-def _read(path: pathlib.Path, method: str | None = None) -> Run:
-    if not any((path / name).is_file() for name in _FILES):
-        raise UserError(f"{path} is not a workdir: it holds none of {', '.join(_FILES)}")
-    config = _json(path / "config.json") or {}
-    workdir = Workdir(path)
-    rows = {
-        name: tuple(workdir.rows(f"{name}.jsonl"))
-        for name in ("metrics", "eval", "compare", "benchmark")
-    }
-    return Run(
-        path=path,
-        label=method or _label(path, config),
-        config=config,
-        env=_json(path / "env.json") or {},
-        metrics=rows["metrics"],
-        evaluations=rows["eval"],
-        comparison=rows["compare"],
-        benchmarks=rows["benchmark"],
-        plan=_json(path / "plan.json"),
-    )
-
-
-def _label(path: pathlib.Path, config: Mapping[str, Any]) -> str:
-    return path.name if _decodes(config) else config.get("data", {}).get("mode", path.name)
-
-
-def _decodes(config: Mapping[str, Any]) -> bool:
-    return not config.keys().isdisjoint({"head", "select", "draft", "threads"})
-
-
-def _json(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except OSError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    return value if isinstance(value, dict) else None
-
-
-def _labelled(runs: Sequence[Run]) -> list[Run]:
-    """Runs of the same method are told apart by their directory."""
-    trained = [run.label for run in runs if run.metrics]
-    return [
-        dataclasses.replace(run, label=f"{run.label} ({run.path.name})")
-        if run.metrics and trained.count(run.label) > 1
-        else run
-        for run in runs
-    ]
-
-
 def build(workdirs: Sequence[str | pathlib.Path]) -> Report:
     """The page about these workdirs. Raises UserError when one of them is no workdir."""
-    runs = gather(workdirs)
+    runs = report_rows.gather(workdirs)
     figures = {name: plots.png(figure) for name, figure in draw(runs).items()}
     sections = [
         _summary(runs),
@@ -255,7 +140,7 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
     if trained:
         found["loss_by_step"] = plots.loss_by_step(trained)
         found["loss_by_time"] = plots.loss_by_time(trained)
-    depths = rows_of(runs, _depths)
+    depths = report_rows.rows_of(runs, _depths)
     if depths:
         found["exact_match"] = plots.exact_match_by_depth(depths)
     plan = _first_plan(runs)
@@ -268,36 +153,12 @@ def draw(runs: Sequence[Run]) -> dict[str, Figure]:
 
 
 def _benchmarks(runs: Sequence[Run]) -> list[Row]:
-    return rows_of(runs, lambda run: run.benchmarks)
-
-
-def rows_of(runs: Sequence[Run], kind: Callable[[Run], Sequence[Row]]) -> list[Row]:
-    """The latest rows of every run; a method that several have has the run's name with its own."""
-    found = [(run, latest(kind(run))) for run in runs]
-    methods = collections.Counter(
-        method for _, rows in found for method in {row.get("method") for row in rows}
-    )
-    return [
-        {**row, "method": f"{row['method']} ({run.path.name})"}
-        if row.get("method") is not None and methods[row["method"]] > 1
-        else row
-        for run, rows in found
-        for row in rows
-    ]
+    return report_rows.rows_of(runs, lambda run: run.benchmarks)
 
 
 def _depths(run: Run) -> list[Row]:
     rows = [row for row in run.evaluations if row.get("depth") is not None]
     return [row for row in rows if row.get("exact_match") is not None]
-
-
-def latest(rows: Sequence[Row] | Any) -> list[Row]:
-    """The last row of each setting: a repeated measurement replaces the earlier one."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for row in rows:
-        keys = _STAGE if "stage" in row else _SETTING
-        found[tuple(str(row.get(key)) for key in keys)] = row
-    return list(found.values())
 
 
 def _first_plan(runs: Sequence[Run]) -> Mapping[str, Any] | None:
@@ -307,7 +168,7 @@ def _first_plan(runs: Sequence[Run]) -> Mapping[str, Any] | None:
 def _given(runs: Sequence[Run]) -> list[pathlib.Path]:
     """The workdirs that were asked for, without the runs inside a comparison."""
     inner = {run.path / row["method"].replace(":", "_") for run in runs for row in run.comparison}
-    inner |= {run.path / name for run in runs for name in _PARTS}
+    inner |= {run.path / name for run in runs for name in report_rows.PARTS}
     return [run.path for run in runs if run.path not in inner]
 
 
@@ -345,9 +206,11 @@ def _summary(runs: Sequence[Run]) -> Section | None:
 
 def compared(run: Run) -> dict[str, dict[str, Any]]:
     """Per method: what it cost by plan and by measurement, and what quality came out."""
-    timed = {row["method"]: row["conversations_per_s"] for row in latest(run.benchmarks)}
+    timed = {
+        row["method"]: row["conversations_per_s"] for row in report_rows.latest(run.benchmarks)
+    }
     out: dict[str, dict[str, Any]] = {}
-    for row in latest(run.comparison):
+    for row in report_rows.latest(run.comparison):
         method = row["method"]
         planned = ((run.plan or {}).get("modes") or {}).get(method) or {}
         out[method] = {**planned, **row, "conversations_per_s": timed.get(method)}
@@ -427,7 +290,7 @@ def _quality(runs: Sequence[Run], figures: Mapping[str, bytes]) -> Section:
         )
     kinds = dict.fromkeys(row.get("kind", "evaluate") for run in runs for row in run.evaluations)
     for kind in kinds:
-        rows = rows_of(
+        rows = report_rows.rows_of(
             runs,
             lambda run, kind=kind: [
                 row for row in run.evaluations if row.get("kind", "evaluate") == kind

@@ -112,8 +112,8 @@ def _model(config: RunConfig) -> tuple[Run, transformer.Params]:
 
 def _works(config: RunConfig, run: Run) -> list[Work]:
     """The first held-out answers. Raises UserError where there are none."""
-    data = dataclasses.replace(run.setup.config, data=config.data, threads=config.threads)
-    asked = dataclasses.replace(run, setup=dataclasses.replace(run.setup, config=data))
+    own = dataclasses.replace(run.config, data=config.data, threads=config.threads)
+    asked = dataclasses.replace(run, setup=dataclasses.replace(run.setup, config=own))
     source = runs.conversations(config, "validation")
     works = []
     for example, program in training.decodable(asked, source):

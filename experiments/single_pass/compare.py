@@ -7,7 +7,8 @@ cost.
 
 Every mode takes about the same number of optimiser steps over the same conversations (train.epochs
 of them; train.steps is not used; a line says where steps differ by more than a tenth), then
-generates held-out conversations turn by turn. Runs resume like any training. `gradient_noise` is the batch-to-batch variance of the gradient over its squared mean.
+generates held-out conversations turn by turn. Runs resume like any training. `gradient_noise` is
+the batch-to-batch variance of the gradient over its squared mean.
 The last line is {"rows": [{"mode": ..., "final_loss": held-out loss, "exact_match": x, "seconds":
 x, "cost": x, ...}, ...]}.
 """

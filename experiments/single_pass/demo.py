@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from configs import single_pass as presets
-from lm import report, setup, tables
+from lm import report, report_rows, setup, tables
 from lm.config import Config, freeze
 from lm.errors import RunError
 from lm.progress import Progress, say
@@ -102,7 +102,7 @@ def _benchmark(config: Config, workdir: Workdir) -> None:
 
 
 def _print(folder: pathlib.Path) -> None:
-    measured = report.compared(report.gather([folder])[0])
+    measured = report.compared(report_rows.gather([folder])[0])
     print(tables.text(tables.comparison(measured)))
     for line in report.verdict(measured):
         print(line)

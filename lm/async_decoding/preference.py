@@ -162,7 +162,7 @@ class _Study:
 
     def _baseline_lengths(self, questions: Sequence[Question]) -> list[int]:
         """Of a sequential run's greedy answers, kept in a file."""
-        sampling = json.loads(json.dumps(dataclasses.asdict(self.config.sampling)))
+        sampling = dataclasses.asdict(self.config.sampling)
         about = {"baseline": str(self.own.baseline), "sampling": sampling}
         rows = self.workdir.rows(BASELINE)
         if rows and rows[0] != about:

@@ -4,13 +4,12 @@ model that has rows for them."""
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from lm import checkpoint, lora, setup, sharding, studies, transformer
+from lm import checkpoint, jobs, lora, setup, sharding, studies, transformer
 from lm.async_decoding import language, requests
 from lm.async_decoding.config import RunConfig
 from lm.config import LoraConfig
@@ -167,10 +166,7 @@ def save_tokenizer(run: Run, workdir: Workdir) -> None:
     """Keeps the tokenizer with its tags, of whatever kind it is: their ids belong to the model."""
     directory = workdir.path / "tokenizer"
     if not directory.is_dir() and not jax.process_index():
-        partial = directory.with_name("tokenizer.partial")  # a run may be killed here
-        shutil.rmtree(partial, ignore_errors=True)
-        run.setup.tokenizer.save(partial)
-        partial.replace(directory)
+        jobs.save_whole(run.setup.tokenizer, directory)
 
 
 def newest(path: pathlib.Path) -> pathlib.Path:

@@ -174,6 +174,18 @@ def examples_of(
         yield Example(language.encode_prompt(text, tokenizer), program)
 
 
+def _readable(conversation: Conversation, resolved: setup.Setup) -> list[Example] | None:
+    """The examples of a conversation; None, with a warning, where it has an answer that is no
+    program and data.on_error says "skip". Raises DataError."""
+    try:
+        return list(examples_of(conversation, resolved.template, resolved.tokenizer))
+    except DataError as error:
+        if resolved.config.data.on_error == "stop":
+            raise
+        logging.warning("skipped %s", error)
+        return None
+
+
 def encoded(
     example: Example, tokenizer: Tokenizer, end: int, *, form: str = "async", recount: bool = True
 ) -> EncodedProgram:
@@ -202,18 +214,10 @@ def decodable(
 
     Raises DataError.
     """
-    template, tokenizer = resolved.setup.template, resolved.setup.tokenizer
-    end, left = end_of_turn(template, tokenizer), 0
+    tokenizer, recount = resolved.setup.tokenizer, resolved.config.threads.recount
+    end, left = end_of_turn(resolved.setup.template, tokenizer), 0
     for index in range(len(source)):
-        try:
-            examples = list(examples_of(source[index], template, tokenizer))
-        except DataError as error:
-            if resolved.setup.config.data.on_error == "stop":
-                raise
-            logging.warning("skipped %s", error)
-            continue
-        for example in examples:
-            recount = resolved.config.threads.recount
+        for example in _readable(source[index], resolved.setup) or ():
             program = encoded(example, tokenizer, end, recount=recount)
             if overruns(program):
                 left += 1
@@ -252,13 +256,8 @@ class Prepared(Sequence[packing.Group]):
         return found
 
     def _group(self, conversation: Conversation) -> packing.Group:
-        template, tokenizer = self._setup.template, self._setup.tokenizer
-        try:
-            examples = list(examples_of(conversation, template, tokenizer))
-        except DataError as error:
-            if self._setup.config.data.on_error == "stop":
-                raise
-            logging.warning("skipped %s", error)
+        examples = _readable(conversation, self._setup)
+        if examples is None:
             return packing.Group((), {"malformed": 1})
         layouts: list[Layout] = []
         counts = {"examples": len(examples)}

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lm import report
+from lm import report, report_rows
 
 
 def command(*arguments):
@@ -48,7 +48,7 @@ def test_single_pass_demo(tmp_path):
     for row in rows.values():
         assert row["exact_match"] > 0.8
         assert row["n"] > 150
-    run = report.gather([folder / "single_pass"])[0]
+    run = report_rows.gather([folder / "single_pass"])[0]
     measured = report.compared(run)
     assert measured["n_pass"]["tokens"] > 1.8 * measured["tree"]["tokens"]
     assert measured["tree"]["conversations_per_s"] > 1.2 * measured["n_pass"]["conversations_per_s"]

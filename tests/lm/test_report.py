@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from lm import report, tables
+from lm import report, report_rows, tables
 from lm.config import Config, DataConfig
 from lm.errors import UserError
 from lm.workdir import Workdir
@@ -116,12 +116,12 @@ def test_a_plan_alone_is_a_page(tmp_path):
 def test_several_workdirs_share_the_figures(tmp_path):
     paths = [make_run(tmp_path / name).path for name in ("first", "second")]
     made = report.build(paths)
-    labels = [run.label for run in report.gather(paths)]
+    labels = [run.label for run in report_rows.gather(paths)]
     assert labels == ["tree (first)", "tree (second)"]
     assert made.rows == 10
     assert "tree (second)" in made.html
     # of two runs of one method, neither replaces the other
-    rows = report.rows_of(report.gather(paths), lambda run: run.evaluations)
+    rows = report_rows.rows_of(report_rows.gather(paths), lambda run: run.evaluations)
     assert len(rows) == 4
     assert {row["method"] for row in rows} == {"tree (first)", "tree (second)"}
 
@@ -146,7 +146,7 @@ def test_text_from_files_cannot_become_markup(tmp_path):
 def test_a_repeated_measurement_replaces_the_earlier_one(compared):
     row = {"kind": "compare", "method": "tree", "seconds": 12.5, "exact_match": 0.8, "n": 40}
     compared.append("compare.jsonl", row)
-    measured = report.compared(report.gather([compared.path])[0])
+    measured = report.compared(report_rows.gather([compared.path])[0])
     assert list(measured) == ["tree", "n_pass"]
     assert measured["tree"]["seconds"] == 12.5
     assert measured["tree"]["tokens"] == 1000  # from the plan
@@ -269,7 +269,7 @@ def test_cells(name, value, expected):
 
 def test_environment_of_equal_runs_is_one_column(compared):
     made = report.build([compared.path])
-    table = report.gather([compared.path])
+    table = report_rows.gather([compared.path])
     assert len(table) == 3
     assert dataclasses.is_dataclass(table[0])
     assert made.html.count("orbax-checkpoint") == 1
